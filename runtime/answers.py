@@ -1,0 +1,68 @@
+"""What is asked and what comes back; the same for the bundle and for eager PyTorch.
+
+`runtime.pipeline.Pipeline` and the trainer's eager pipeline both satisfy `Answerer`, so evaluation, benchmarks and the
+command line compare them without knowing which is which.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from runtime.preprocess import ImageSource
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to caption, or to answer a question about."""
+
+    image: ImageSource
+    """A path, encoded bytes, a PIL image, or a uint8 array (height, width[, channels])."""
+    question: str | None = None
+    """None asks for a caption."""
+    prompt: str | None = None
+    """Replaces the model's own prompt; with a question it holds one `{}` where the question goes."""
+
+    @property
+    def image_name(self) -> str | None:
+        """The path as it was given; None when the image came without one."""
+        return str(self.image) if isinstance(self.image, str | Path) else None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one request got."""
+
+    image: str | None
+    """The image's path as it was given; None when it came without one."""
+    question: str | None
+    """The question as it was asked; None for a caption."""
+    text: str
+    """The caption or the answer."""
+    token_ids: tuple[int, ...]
+    """Generated ids, the end token excluded."""
+    timings_ms: dict[str, float]
+    """Wall time of the whole batch by phase: preprocess, vision, qformer, prefill, decode, total (milliseconds)."""
+
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens were generated, the end token not counted."""
+        return len(self.token_ids)
+
+    def as_json(self) -> dict[str, Any]:
+        """The five public keys, ready for `json.dumps`."""
+        return {
+            "image": self.image,
+            "question": self.question,
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "timings_ms": dict(self.timings_ms),
+        }
+
+
+class Answerer(Protocol):
+    """Anything that answers a batch of requests, greedily."""
+
+    def answer(self, requests: Sequence[Request], *, max_new_tokens: int | None = None) -> list[Answer]:
+        """Answer all requests as one batch; None takes the model's own token limit."""
+        ...

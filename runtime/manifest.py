@@ -1,0 +1,123 @@
+"""What `manifest.json` holds: the promise between the exporter and every reader.
+
+Changing a field means raising `FORMAT` and teaching `runtime.bundle` the old one. Shapes and types are stated here so
+that a reader knows them without opening a graph.
+"""
+
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from runtime.preprocess import PreprocessSettings
+from runtime.settings import Settings
+
+FORMAT = 1
+"""The one manifest format this reader knows."""
+
+
+class FileEntry(Settings):
+    """One file of the bundle."""
+
+    file: str
+    """Path inside the bundle, `/` between its parts."""
+    sha256: str
+    """Hex digest of the content."""
+    bytes: NonNegativeInt
+    """Size (bytes)."""
+
+
+class TensorSpec(Settings):
+    """One named input or output of a graph."""
+
+    dtype: str
+    """numpy's name of the element type: float32, int64 …"""
+    shape: tuple[int | str, ...]
+    """A number for a fixed size, a name for one that varies."""
+
+
+class GraphEntry(FileEntry):
+    """One ONNX graph."""
+
+    data: FileEntry | None
+    """External weights; None when they are in the graph file."""
+    inputs: dict[str, TensorSpec]
+    """By name, in the graph's order."""
+    outputs: dict[str, TensorSpec]
+    """By name, in the graph's order."""
+
+
+class ModelFacts(Settings):
+    """What the graphs are together."""
+
+    style: Literal["decoder-only"]
+    """Kind of language model, which decides the decode loop."""
+    queries: PositiveInt
+    """Query vectors, and so prefix positions, per image."""
+    qformer_width: PositiveInt
+    """Hidden size of the Q-Former."""
+    language_width: PositiveInt
+    """Embedding width of the language model."""
+    question_conditioned: bool
+    """Whether the Q-Former reads the question."""
+
+
+class Limits(Settings):
+    """What the graphs were made and checked for."""
+
+    max_batch: PositiveInt
+    """Images or sequences in one run of a graph."""
+    max_positions: PositiveInt
+    """Positions of the language model, prefix included."""
+    max_question_tokens: NonNegativeInt
+    """Question tokens the Q-Former reads; 0 when the question does not condition it."""
+    max_new_tokens: PositiveInt
+    """Tokens a request may ask for."""
+
+
+class Prompts(Settings):
+    """Text handed to the language model after the image."""
+
+    caption: str
+    """For a caption."""
+    vqa: str
+    """For an answer; one `{}` is where the question goes."""
+
+
+class Generation(Settings):
+    """Defaults of decoding."""
+
+    eos_token_ids: tuple[int, ...]
+    """Any of them ends an answer."""
+    pad_token_id: int
+    """Fed for rows of a batch that have ended."""
+    max_new_tokens: PositiveInt
+    """Tokens generated unless a request says otherwise."""
+
+
+class Manifest(Settings):
+    """Everything in `manifest.json`."""
+
+    format: Literal[1]
+    """Version of this layout."""
+    digest: str
+    """SHA-256 of the canonical JSON of all other keys; names this bundle in cache keys."""
+    model: ModelFacts
+    """What the graphs are together."""
+    precision: Literal["fp32", "int8"]
+    """Of the vision and Q-Former graphs."""
+    language_precision: Literal["fp32", "int8"]
+    """Of the language graph."""
+    limits: Limits
+    """Refused beyond."""
+    preprocess: PreprocessSettings
+    """Image file → pixels."""
+    prompts: Prompts
+    """Templates."""
+    generation: Generation
+    """Defaults."""
+    graphs: dict[str, GraphEntry]
+    """By name: vision, qformer, embed, language."""
+    files: dict[str, str]
+    """Path inside the bundle → SHA-256 of every other file."""
+    made_by: dict[str, str]
+    """Name → version of what made the bundle."""

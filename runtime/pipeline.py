@@ -1,0 +1,137 @@
+"""The story of one batch of requests, from image files to text.
+
+    with runtime.load("runs/demo/bundle-fp32") as pipeline:
+        print(pipeline.vqa("photo.jpg", "what colour is the circle?").text)
+
+Shape letters: B images, C colour channels, H height, W width, Q queries, D language width
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from runtime.answers import Answer, Request
+from runtime.backends import open_engine
+from runtime.bundle import Bundle
+from runtime.decoder import Decoder
+from runtime.errors import InputError
+from runtime.image_encoder import ImageEncoder
+from runtime.preprocess import ImageSource, preprocess_batch
+from runtime.query_cache import QueryCache
+from runtime.stopwatch import Stopwatch
+from runtime.text import fill_prompt, normalise_question
+from runtime.tokenizer import TextTokenizer
+
+TOKENIZER = "tokenizer.json"
+"""The language model's tokenizer, in every bundle."""
+
+QFORMER_TOKENIZER = "qformer_tokenizer.json"
+"""The Q-Former's tokenizer, in bundles whose Q-Former reads the question."""
+
+
+class Pipeline:
+    """A bundle that is open and ready; satisfies `runtime.answers.Answerer`. Safe to share between threads."""
+
+    def __init__(self, bundle: Bundle, *, backend: str, threads: int | None, cache_bytes: int) -> None:
+        """Open every graph; the arguments and errors are those of `runtime.load`."""
+        self.bundle = bundle
+        self.cache = QueryCache(cache_bytes)
+        manifest = bundle.manifest
+        self._tokenizer = TextTokenizer(bundle.file(TOKENIZER))
+        self._qformer_tokenizer = (
+            TextTokenizer(bundle.file(QFORMER_TOKENIZER)) if manifest.model.question_conditioned else None
+        )
+        with ExitStack() as opened:
+            vision, qformer, embed, language = (
+                opened.enter_context(open_engine(bundle, name, backend, threads))
+                for name in ("vision", "qformer", "embed", "language")
+            )
+            self._encoder = ImageEncoder(vision, qformer, self.cache, manifest)
+            self._decoder = Decoder(embed, language, manifest.generation, manifest.limits)
+            self._engines = opened.pop_all()
+
+    def answer(self, requests: Sequence[Request], *, max_new_tokens: int | None = None) -> list[Answer]:
+        """Answer all requests; more than the bundle's `max_batch` are run in several batches.
+
+        Every answer carries the timings of this whole call.
+
+        Raises:
+            ImageError: an image cannot be read.
+            InputError: no request, a bad prompt or question, or beyond the bundle's limits.
+        """
+        watch = Stopwatch()
+        manifest = self.bundle.manifest
+        if not requests:
+            raise InputError("expected at least one request, found none")
+        new_tokens = manifest.generation.max_new_tokens if max_new_tokens is None else max_new_tokens
+        prompts = [self._prompt_ids(request) for request in requests]
+        questions = [self._question_ids(request) for request in requests]
+        generated: list[tuple[int, ...]] = []
+        for start in range(0, len(requests), manifest.limits.max_batch):
+            batch = slice(start, start + manifest.limits.max_batch)
+            with watch.phase("preprocess"):
+                pixels_BCHW = preprocess_batch([request.image for request in requests[batch]], manifest.preprocess)
+            generated += self.generate(pixels_BCHW, questions[batch], prompts[batch], new_tokens, watch)
+        texts = [self._tokenizer.decode(ids) for ids in generated]
+        timings_ms = watch.timings_ms()
+        return [
+            Answer(request.image_name, request.question, text, ids, timings_ms)
+            for request, text, ids in zip(requests, texts, generated, strict=True)
+        ]
+
+    def caption(self, images: ImageSource | Sequence[ImageSource], prompt: str | None = None) -> list[Answer]:
+        """Caption one image or several."""
+        one = isinstance(images, str | Path | bytes | Image.Image | np.ndarray)
+        sources: Sequence[ImageSource] = [images] if one else images  # type: ignore[list-item, assignment]
+        return self.answer([Request(image, prompt=prompt) for image in sources])
+
+    def vqa(self, image: ImageSource, question: str, prompt: str | None = None) -> Answer:
+        """Answer a question about an image."""
+        return self.answer([Request(image, question, prompt)])[0]
+
+    def generate(
+        self,
+        pixels_BCHW: npt.NDArray[np.float32],
+        questions: Sequence[Sequence[int] | None],
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        watch: Stopwatch,
+    ) -> list[tuple[int, ...]]:
+        """One batch from pixels and ids to generated ids (end token excluded); what `answer` and replay share."""
+        prefix_BQD = self._encoder.encode(pixels_BCHW, questions, watch)
+        return self._decoder.generate(prefix_BQD, prompts, max_new_tokens, watch)
+
+    def close(self) -> None:
+        """Free the graphs."""
+        self._engines.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _prompt_ids(self, request: Request) -> list[int]:
+        prompts = self.bundle.manifest.prompts
+        template = request.prompt
+        if template is None:
+            template = prompts.caption if request.question is None else prompts.vqa
+        return self._tokenizer.encode(fill_prompt(template, request.question))
+
+    def _question_ids(self, request: Request) -> list[int] | None:
+        """Ids for the Q-Former; None without a question, and where the Q-Former does not read it."""
+        if request.question is None or self._qformer_tokenizer is None:
+            return None
+        ids = self._qformer_tokenizer.encode(normalise_question(request.question))
+        limit = self.bundle.manifest.limits.max_question_tokens
+        if len(ids) > limit:
+            raise InputError(f"question: expected at most {limit} tokens, found {len(ids)}; ask a shorter question")
+        return ids

@@ -1,0 +1,78 @@
+"""Does this device compute what eager PyTorch computed?
+
+Replays the inputs recorded in a bundle and compares, without torch:
+
+    qforge verify runs/demo/bundle-fp32
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.backends import open_engine
+from runtime.bundle import Bundle
+from runtime.pipeline import Pipeline
+from runtime.reference import REFERENCE, ChainCase, GraphCase, read_reference
+from runtime.stopwatch import Stopwatch
+
+
+@dataclass(frozen=True)
+class Check:
+    """One output compared with eager's."""
+
+    graph: str
+    """Graph and case, as `language/step`; `chain` for the whole pipeline."""
+    output: str
+    max_error: float
+    """Largest error over largest value; for greedy tokens the fraction of rows that differ. Infinite for NaN."""
+    tolerance: float
+    """As recorded by the exporter, in the same unit."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within its tolerance."""
+        return self.max_error <= self.tolerance
+
+
+def replay(bundle: Bundle, backend: str = "ort") -> list[Check]:
+    """Run every recorded case and the whole chain on `backend`; the caller judges the checks.
+
+    Raises:
+        BundleError: the bundle has no usable recording.
+        BackendUnavailable: the backend's package is not installed.
+    """
+    cases, chain = read_reference(bundle.file(REFERENCE))
+    checks = [check for case in cases for check in _replay_graph(bundle, backend, case)]
+    return [*checks, _replay_chain(bundle, backend, chain)]
+
+
+def relative_error(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    """Largest absolute error over the largest expected magnitude; infinite for NaN or another shape."""
+    if found.shape != expected.shape or not np.isfinite(found).all():
+        return float("inf")
+    scale = float(np.abs(expected).max(initial=0.0)) or 1.0
+    return float(np.abs(found - expected).max(initial=0.0)) / scale
+
+
+def _replay_graph(bundle: Bundle, backend: str, case: GraphCase) -> list[Check]:
+    with open_engine(bundle, case.graph, backend, threads=None) as engine:
+        outputs = engine.run(case.inputs)
+    return [
+        Check(f"{case.graph}/{case.case}", name, relative_error(outputs[name], expected), case.tolerances[name])
+        for name, expected in case.outputs.items()
+    ]
+
+
+def _replay_chain(bundle: Bundle, backend: str, chain: ChainCase) -> Check:
+    found: list[tuple[int, ...]] = []
+    step = bundle.manifest.limits.max_batch
+    with Pipeline(bundle, backend=backend, threads=None, cache_bytes=0) as pipeline:
+        for start in range(0, len(chain.prompts), step):
+            rows = slice(start, start + step)
+            found += pipeline.generate(
+                chain.pixels_BCHW[rows], chain.questions[rows], chain.prompts[rows], chain.max_new_tokens, Stopwatch()
+            )
+    wrong = sum(ids != expected for ids, expected in zip(found, chain.token_ids, strict=True))
+    return Check("chain", "token_ids", wrong / len(found), chain.tolerance)

@@ -1,0 +1,29 @@
+"""Text ↔ token ids from a bundle's tokenizer.json, without transformers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from runtime.errors import BundleError
+
+
+class TextTokenizer:
+    """One tokenizer file in Hugging Face's `tokenizers` format."""
+
+    def __init__(self, path: Path | str) -> None:
+        """Read the file; BundleError when it is not a tokenizer."""
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for every cause
+            raise BundleError(f"{path}: expected a tokenizer in Hugging Face format, found other data") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()  # a text that is too long is an error at the limit, never silently cut
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a text; `special` adds the model's own start and end tokens."""
+        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out, outer white space stripped."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

@@ -1,0 +1,71 @@
+"""One contract for every backend that is installed here."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from runtime.backends import available_backends, cores, open_engine
+from runtime.bundle import read_bundle
+from runtime.errors import BackendUnavailable, BundleError, InputError
+
+SIZES = {"B": 2, "S": 3, "P": 4, "P+S": 7, "T": 5}
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle):
+    return read_bundle(tiny_bundle)
+
+
+def test_onnxruntime_is_present():
+    assert available_backends() == ("ort",)
+
+
+@pytest.mark.parametrize("graph", ["vision", "qformer", "embed", "language"])
+@pytest.mark.parametrize("backend", available_backends())
+def test_a_backend_keeps_the_contract(bundle, backend, graph):
+    entry = bundle.manifest.graphs[graph]
+    with open_engine(bundle, graph, backend, threads=1) as engine:
+        assert engine.inputs() == {name: spec.shape for name, spec in entry.inputs.items()}
+        assert engine.outputs() == {name: spec.shape for name, spec in entry.outputs.items()}
+        feeds = {
+            name: np.ones([SIZES.get(size, size) for size in spec.shape], spec.dtype)
+            for name, spec in entry.inputs.items()
+        }
+        first, second = engine.run(feeds), engine.run({name: 0 * array for name, array in feeds.items()})
+    assert list(first) == list(entry.outputs)
+    for name, spec in entry.outputs.items():
+        assert isinstance(first[name], np.ndarray) and first[name].dtype == spec.dtype
+        assert first[name].shape == tuple(SIZES.get(size, size) for size in spec.shape)
+        assert not np.shares_memory(first[name], second[name])
+
+
+def test_refusals(bundle):
+    with pytest.raises(InputError, match="expected one of ort, found 'cuda'"):
+        open_engine(bundle, "vision", "cuda", None)
+    with pytest.raises(InputError, match="threads: expected at least 1, found 0"):
+        open_engine(bundle, "vision", "ort", 0)
+    with pytest.raises(BundleError, match="expected a graph 'text'"):
+        open_engine(bundle, "text", "ort", None)
+
+
+def test_without_onnxruntime_the_extra_is_named(bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert available_backends() == ()
+    with pytest.raises(BackendUnavailable, match=r"pip install 'qforge\[cpu\]'"):
+        open_engine(bundle, "vision", "ort", None)
+
+
+def test_hyper_threads_and_quotas(tmp_path, monkeypatch):
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
+    for cpu, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
+        (tmp_path / f"cpu{cpu}").write_text(siblings + "\n")
+    monkeypatch.setattr(cores, "TOPOLOGY", str(tmp_path / "cpu{}"))
+    monkeypatch.setattr(cores, "QUOTA", tmp_path / "cpu.max")
+    assert cores.physical_cores() == 2
+    for quota, expected in (("max 100000", 2), ("150000 100000", 2), ("100000 100000", 1), ("20000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+        assert cores.physical_cores() == expected
+    monkeypatch.setattr(cores, "TOPOLOGY", str(tmp_path / "none{}"))
+    (tmp_path / "cpu.max").write_text("max 100000")
+    assert cores.physical_cores() == 4

@@ -1,0 +1,101 @@
+"""The composition: frozen vision tower → bridge → frozen language model, with both tokenizers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from runtime.preprocess import PreprocessSettings
+from trainer.bridge import Bridge
+from trainer.config import ModelConfig
+from trainer.towers import VisionTower, load_language, load_tokenizer, load_vision
+
+POSITIONS = 512
+"""Text positions of the Q-Former, BERT's number."""
+
+
+# Shape letters: B images, N image tokens, E image width, Q queries, D language width, T text tokens
+class Blip2(nn.Module):
+    """A BLIP-2-style model. Only `bridge` has parameters that train."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vision: VisionTower,
+        language_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        text_tokenizer: PreTrainedTokenizerBase,
+        question_conditioned: bool,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = vision
+        self.language_model = language_model
+        self.tokenizer = tokenizer
+        self.text_tokenizer = text_tokenizer
+        self.question_conditioned = question_conditioned
+        self.bridge = Bridge(
+            config.qformer,
+            image_width=vision.width,
+            language_width=language_model.get_input_embeddings().embedding_dim,
+            vocabulary=len(text_tokenizer),
+            positions=POSITIONS,
+        )
+
+    @property
+    def preprocess(self) -> PreprocessSettings:
+        """How an image becomes pixels for this model."""
+        return self.vision.preprocess
+
+    @property
+    def end_token_id(self) -> int:
+        """The token that ends a text of the language model."""
+        return int(self.tokenizer.eos_token_id)
+
+    def train(self, mode: bool = True) -> "Blip2":
+        """Frozen halves stay in eval mode: their dropout would only blur what the bridge learns from."""
+        super().train(mode)
+        self.vision.eval()
+        self.language_model.eval()
+        return self
+
+    def encode_image(self, pixels_BCHW: Tensor) -> Tensor:
+        """Image features [B, N, E] after the trainable LayerNorm; no gradient reaches the tower."""
+        with torch.no_grad():
+            features_BNE = self.vision(pixels_BCHW)
+        return self.bridge.post_layernorm(features_BNE)
+
+    def query_prefix(
+        self, image_embeds_BNE: Tensor, question_ids_BT: Tensor | None = None, question_mask_BT: Tensor | None = None
+    ) -> Tensor:
+        """Soft tokens [B, Q, D] for the language model."""
+        return self.bridge.prefix(image_embeds_BNE, question_ids_BT, question_mask_BT)
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Token ids and mask (1 = token, 0 = padding), both int64 [B, T]."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+def text_batch(model: Blip2, texts: list[str]) -> TextBatch:
+    """Tokens of the Q-Former's text side: [CLS] text [SEP], right-padded; a long text is cut and keeps its [SEP]."""
+    coded = model.text_tokenizer(
+        texts, padding=True, truncation=True, max_length=model.config.qformer.max_text_tokens, return_tensors="pt"
+    )
+    return TextBatch(coded["input_ids"], coded["attention_mask"])
+
+
+def new_blip2(config: ModelConfig, question_conditioned: bool) -> Blip2:
+    """A model with the halves the recipe names and a fresh bridge (seed it with `torch.manual_seed`)."""
+    return Blip2(
+        config,
+        load_vision(config.vision, config.vision_layer),
+        load_language(config.language),
+        load_tokenizer(config.language, "language"),
+        load_tokenizer(config.text_tokenizer, "text"),
+        question_conditioned,
+    )

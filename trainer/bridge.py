@@ -1,0 +1,126 @@
+"""What is trained: LayerNorm on the image, queries, Q-Former, its heads, and the projection into the language model.
+
+Every stage keeps all of it (a stage-2 checkpoint still has its text side, heads and temperature), so a VQA
+fine-tune can follow stage 2 and stage 1 can resume. Key names follow transformers' `Blip2` models; what those
+drop has names of its own: `temperature`, `itg_head`.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.config import QFormerConfig
+from trainer.qformer import LAYER_NORM_EPS, ImageKeys, QFormer, generation_mask, padding_mask
+
+INITIAL_TEMPERATURE = 0.07
+INITIAL_STD = 0.02
+
+
+# Shape letters: B images or rows, Q queries, T text tokens, N image tokens, E image width, H Q-Former width,
+# C contrastive width, D language width, V text vocabulary
+class TextEmbeddings(nn.Module):
+    """Word plus position embeddings of the Q-Former's text side; LayerNorm follows in the Q-Former."""
+
+    def __init__(self, vocabulary: int, positions: int, width: int) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(vocabulary, width)
+        self.position_embeddings = nn.Embedding(positions, width)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        return self.word_embeddings(ids_BT) + self.position_embeddings(positions_T)
+
+
+class GenerationHead(nn.Module):
+    """BERT's masked-language head (dense, GELU, LayerNorm); the decoder is tied to the word embeddings."""
+
+    def __init__(self, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(self, text_BTH: Tensor, word_embeddings_VH: Tensor) -> Tensor:
+        """Logits [B, T, V]."""
+        return F.linear(self.LayerNorm(F.gelu(self.dense(text_BTH))), word_embeddings_VH, self.bias)
+
+
+class Bridge(nn.Module):
+    """Frozen image features in; contrastive features, matching logits, text logits or language-model prefix out."""
+
+    def __init__(
+        self, config: QFormerConfig, *, image_width: int, language_width: int, vocabulary: int, positions: int
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.post_layernorm = nn.LayerNorm(image_width)
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.queries, config.width))
+        self.embeddings = TextEmbeddings(vocabulary, positions, config.width)
+        self.qformer = QFormer(config, image_width)
+        self.vision_projection = nn.Linear(config.width, config.contrastive_width)
+        self.text_projection = nn.Linear(config.width, config.contrastive_width)
+        self.itm_head = nn.Linear(config.width, 2)
+        self.itg_head = GenerationHead(config.width, vocabulary)
+        self.temperature = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
+        self.language_projection = nn.Linear(config.width, language_width)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """N(0, 0.02) as BERT, also for the queries (zeros would make them identical); query FFN copies the text FFN."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=INITIAL_STD)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.query_tokens, std=INITIAL_STD)
+        for layer in self.qformer.encoder.layers():
+            layer.intermediate_query.load_state_dict(layer.intermediate.state_dict())
+            layer.output_query.load_state_dict(layer.output.state_dict())
+
+    def image_keys(self, image_embeds_BNE: Tensor) -> ImageKeys:
+        """Keys and values of normalised image features, projected once."""
+        return self.qformer.image_keys(image_embeds_BNE)
+
+    def _queries(self, rows: int) -> Tensor:
+        return self.query_tokens.expand(rows, -1, -1)
+
+    def text_features(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Unit-length text features [B, C] from the first token; the text sees itself only."""
+        _, text_BTH = self.qformer(None, self.embeddings(ids_BT), padding_mask(mask_BT, 0), None)
+        return F.normalize(self.text_projection(text_BTH[:, 0]).float(), dim=-1)
+
+    def image_and_generation(self, keys: ImageKeys, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Image features [B, Q, C], unit length, and ITG logits [B, T, V], in one pass.
+
+        Under the generation mask the queries never see the text, so they are those of an image-only pass.
+        """
+        queries = self._queries(len(ids_BT))
+        mask = generation_mask(mask_BT, queries.shape[1])
+        query_BQH, text_BTH = self.qformer(queries, self.embeddings(ids_BT), mask, keys)
+        logits_BTV = self.itg_head(text_BTH, self.embeddings.word_embeddings.weight)
+        return self._contrastive(query_BQH), logits_BTV
+
+    def image_features(self, keys: ImageKeys, rows: int) -> Tensor:
+        """Image features [B, Q, C], unit length."""
+        return self._contrastive(self.qformer(self._queries(rows), None, None, keys)[0])
+
+    def _contrastive(self, query_BQH: Tensor) -> Tensor:
+        return F.normalize(self.vision_projection(query_BQH).float(), dim=-1)
+
+    def matching_logits(self, keys: ImageKeys, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """ITM logits [B, 2] (no match, match): queries and text see each other, mean over the queries."""
+        queries = self._queries(len(ids_BT))
+        mask = padding_mask(mask_BT, queries.shape[1])
+        query_BQH, _ = self.qformer(queries, self.embeddings(ids_BT), mask, keys)
+        return self.itm_head(query_BQH).float().mean(dim=1)
+
+    def prefix(self, image_embeds_BNE: Tensor, ids_BT: Tensor | None = None, mask_BT: Tensor | None = None) -> Tensor:
+        """Soft tokens [B, Q, D] for the language model; question ids condition the queries (InstructBLIP's way)."""
+        queries = self._queries(len(image_embeds_BNE))
+        keys = self.image_keys(image_embeds_BNE)
+        if ids_BT is None or mask_BT is None:
+            query_BQH, _ = self.qformer(queries, None, None, keys)
+        else:
+            mask = padding_mask(mask_BT, queries.shape[1])
+            query_BQH, _ = self.qformer(queries, self.embeddings(ids_BT), mask, keys)
+        return self.language_projection(query_BQH)

@@ -1,0 +1,143 @@
+"""Checkpoints: the trained part in safetensors, the frozen halves by reference and hash.
+
+    CKPT/config.json         format, model, stage, whether the question conditions the Q-Former, halves and hashes
+    CKPT/model.safetensors   the bridge, transformers' Blip2 key names plus `temperature` and `itg_head`
+    CKPT/tokenizer/          of the language model;  CKPT/text_tokenizer/  of the Q-Former
+    CKPT/preprocessor.json   how images become pixels
+    CKPT/recipe.yaml         the resolved recipe;  CKPT/metrics.json  held-out metrics of the stage
+
+Loading is strict: every key, every shape, every hash. No pickle is read.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from runtime.errors import CheckpointError, MissingFile
+from runtime.files import sha256_of
+from runtime.settings import Settings
+from trainer.blip2 import Blip2, new_blip2
+from trainer.config import ModelConfig
+from trainer.towers import source_folder
+
+FORMAT = 1
+RENAMED = {"post_layernorm.": "vision_model.post_layernorm."}
+"""Our name → transformers' name, where they differ."""
+WEIGHTS = "model.safetensors"
+
+
+class CheckpointConfig(Settings):
+    """Contents of config.json."""
+
+    format: Literal[1]
+    stage: str
+    question_conditioned: bool
+    model: ModelConfig
+    frozen: dict[str, str]
+    """SHA-256 of every weight file of the frozen halves, by "half/file"."""
+
+
+def frozen_hashes(config: ModelConfig) -> dict[str, str]:
+    """SHA-256 of the weight files of both halves. A hub id is loaded through its cache and recorded without hash."""
+    hashes = {}
+    for half, source in (("vision", config.vision), ("language", config.language)):
+        folder = Path(source_folder(source, half))
+        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if folder.is_dir() else []:
+            hashes[f"{half}/{path.name}"] = sha256_of(path)
+    return hashes
+
+
+def bridge_tensors(model: Blip2) -> dict[str, Tensor]:
+    """The trained part under transformers' key names, on the CPU."""
+    return {_theirs(key): tensor.detach().cpu().contiguous() for key, tensor in model.bridge.state_dict().items()}
+
+
+def _theirs(key: str) -> str:
+    for ours, theirs in RENAMED.items():
+        if key.startswith(ours):
+            return theirs + key.removeprefix(ours)
+    return key
+
+
+def write_checkpoint(model: Blip2, folder: Path, *, stage: str, metrics: dict[str, Any], recipe_yaml: str) -> None:
+    """Fill an empty folder (of `runtime.files.atomic_folder`) with the checkpoint."""
+    config = CheckpointConfig(
+        format=FORMAT,
+        stage=stage,
+        question_conditioned=model.question_conditioned,
+        model=model.config,
+        frozen=frozen_hashes(model.config),
+    )
+    (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+    save_file(bridge_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
+    model.tokenizer.save_pretrained(folder / "tokenizer")
+    model.text_tokenizer.save_pretrained(folder / "text_tokenizer")
+    (folder / "preprocessor.json").write_text(model.preprocess.model_dump_json(indent=2) + "\n")
+    (folder / "recipe.yaml").write_text(recipe_yaml)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> CheckpointConfig:
+    """config.json, checked.
+
+    Raises:
+        MissingFile: no such folder or file. CheckpointError: not a checkpoint of a format this version reads.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise MissingFile(f"{folder} is no checkpoint: expected config.json in it. `qforge train` writes checkpoints")
+    try:
+        tree = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: expected JSON, found a damaged file ({error})") from error
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        found = tree.get("format") if isinstance(tree, dict) else type(tree).__name__
+        raise CheckpointError(
+            f"{path}: expected checkpoint format {FORMAT}, found {found!r}; upgrade qforge or train again"
+        )
+    try:
+        return CheckpointConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def load_checkpoint(folder: Path | str, device: str = "cpu") -> Blip2:
+    """The model of a checkpoint, in eval mode; see the module's text for what is checked."""
+    folder = Path(folder)
+    config = read_config(folder)
+    found = frozen_hashes(config.model)
+    for name, expected in config.frozen.items():
+        if found.get(name) != expected:
+            raise CheckpointError(
+                f"{folder}: its frozen {name} had SHA-256 {expected[:12]}…, found {str(found.get(name))[:12]}…; "
+                f"the bridge fits only the halves it was trained with"
+            )
+    model = new_blip2(config.model, config.question_conditioned)
+    load_bridge(model, folder)
+    return model.eval().to(device)
+
+
+def load_bridge(model: Blip2, folder: Path) -> None:
+    """Copy a checkpoint's trained part into `model`, strictly."""
+    path = folder / WEIGHTS
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError as error:
+        raise MissingFile(f"{path} is missing; the checkpoint is incomplete, train again") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); copy it again from its source") from error
+    own = {_theirs(key): tensor for key, tensor in model.bridge.state_dict().items()}
+    if missing := sorted(own.keys() - tensors.keys()):
+        raise CheckpointError(f"{path} lacks {len(missing)} tensors, the first is {missing[0]}")
+    if unknown := sorted(tensors.keys() - own.keys()):
+        raise CheckpointError(f"{path} has {len(unknown)} tensors this model does not know, the first is {unknown[0]}")
+    for key, tensor in tensors.items():
+        if tensor.shape != own[key].shape:
+            raise CheckpointError(f"{path}: {key} expected shape {list(own[key].shape)}, found {list(tensor.shape)}")
+        own[key].copy_(tensor)

@@ -1,0 +1,199 @@
+"""Every training dial on one screen: one name, one default, one place.
+
+Defaults are BLIP-2's published values (arXiv 2301.12597, section 4.1 and tables 7-9) where the paper states
+one; a recipe says only what differs. pydantic only: reading a recipe never loads torch.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from runtime.settings import Settings
+
+DEMO = "demo"
+"""A source that names the small frozen halves shipped in `trainer/demo_halves/`."""
+
+
+class QFormerConfig(Settings):
+    """Sizes of the querying transformer (BERT-base with 32 queries as published)."""
+
+    queries: PositiveInt = 32
+    """Learned query vectors; as many soft tokens reach the language model."""
+    width: PositiveInt = 768
+    """Hidden size."""
+    layers: PositiveInt = 12
+    """Transformer layers."""
+    heads: PositiveInt = 12
+    """Attention heads; must divide `width`."""
+    ffn_width: PositiveInt = 3072
+    """Inner width of both feed-forward networks (query and text)."""
+    cross_attention_frequency: PositiveInt = 2
+    """Every n-th layer, counted from the first, attends to the image."""
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Dropout of hidden states and attention weights in training."""
+    contrastive_width: PositiveInt = 256
+    """Width of the shared image-text space of ITC."""
+    max_text_tokens: PositiveInt = 32
+    """Longest text (tokens) the Q-Former reads; longer text is cut, its end token kept."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "QFormerConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; choose heads that divide it")
+        return self
+
+
+class DemoHalvesConfig(Settings):
+    """Pre-training of the small frozen halves on the demo world; used only when `rebuild` is true."""
+
+    rebuild: bool = False
+    """Pre-train the halves in this run instead of taking the shipped ones."""
+    scenes: PositiveInt = 20_000
+    """Training scenes drawn for the image encoder."""
+    vision_steps: PositiveInt = 3_000
+    """Optimiser steps of the image encoder."""
+    language_steps: PositiveInt = 3_000
+    """Optimiser steps of the language model."""
+    batch_size: PositiveInt = 64
+    """Scenes, or text sequences, in a step."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak rate of both."""
+    seed: NonNegativeInt = 0
+    """Seed of weights, scenes and order."""
+
+
+class ModelConfig(Settings):
+    """Which halves are bridged, and by what."""
+
+    vision: str = DEMO
+    """Image encoder: a local folder or hub id in Hugging Face format, or `demo`."""
+    vision_layer: int = -1
+    """Hidden state handed to the Q-Former: -1 is the last layer, -2 the penultimate (BLIP-2's choice for CLIP)."""
+    language: str = DEMO
+    """Frozen decoder-only language model: a local folder or hub id, or `demo`."""
+    text_tokenizer: str = DEMO
+    """Tokenizer of the Q-Former's text side (a BERT folder as published), or `demo`."""
+    qformer: QFormerConfig = QFormerConfig()
+    """The bridge that is trained."""
+    caption_prompt: str = ""
+    """Text the language model continues with a caption."""
+    vqa_prompt: str = "Question: {} Answer:"
+    """Text the language model continues with an answer; `{}` is the question."""
+    max_new_tokens: PositiveInt = 32
+    """Longest caption or answer (tokens) unless a request says otherwise."""
+    demo_halves: DemoHalvesConfig = DemoHalvesConfig()
+    """How the shipped halves were made, and whether to make them again."""
+
+    @model_validator(mode="after")
+    def _one_slot(self) -> "ModelConfig":
+        if self.vqa_prompt.count("{}") != 1:
+            raise ValueError(f"vqa_prompt {self.vqa_prompt!r} needs exactly one {{}} for the question")
+        return self
+
+
+class DemoWorldConfig(Settings):
+    """The procedurally drawn scenes."""
+
+    train_scenes: PositiveInt = 6_000
+    """Scenes of the train split."""
+    val_scenes: PositiveInt = 200
+    """Scenes watched during training."""
+    test_scenes: PositiveInt = 400
+    """Scenes reported on; no content of theirs occurs in the other splits."""
+    questions_per_scene: PositiveInt = 6
+    """Questions asked about each scene."""
+    image_size: PositiveInt = 128
+    """Side of a drawn picture (pixels)."""
+    seed: NonNegativeInt = 0
+    """Seed of the scenes."""
+
+
+class DataConfig(Settings):
+    """Where the image-text pairs come from: a folder of manifests, or the demo world."""
+
+    root: Path | None = None
+    """Folder of the manifests; absent: the demo world is drawn beside the run."""
+    captions_train: str = "captions_train.jsonl"
+    """Captions to train on (manifest below `root`)."""
+    captions_val: str | None = "captions_val.jsonl"
+    """Captions watched during training; null: `holdout` of the training images."""
+    captions_test: str = "captions_test.jsonl"
+    """Captions reported on at the end; never trained on nor watched."""
+    vqa_train: str = "vqa_train.jsonl"
+    """Questions to train on."""
+    vqa_val: str | None = "vqa_val.jsonl"
+    """Questions watched during training; null: `holdout` of the training images."""
+    vqa_test: str = "vqa_test.jsonl"
+    """Questions reported on at the end."""
+    holdout: float = Field(default=0.05, gt=0, lt=1)
+    """Share of training images set aside for watching where a `*_val` is null."""
+    demo: DemoWorldConfig = DemoWorldConfig()
+    """The demo world, when `root` is absent."""
+
+
+class StageConfig(Settings):
+    """What all stages share: length, batch, optimiser (AdamW, warm-up, cosine per step), precision."""
+
+    steps: PositiveInt
+    """Optimiser steps."""
+    batch_size: PositiveInt
+    """Image-text pairs in a step."""
+    learning_rate: PositiveFloat = 1e-4
+    """Peak rate."""
+    min_learning_rate: NonNegativeFloat = 1e-5
+    """Rate at the end of the cosine."""
+    warmup_steps: NonNegativeInt = 2_000
+    """Steps of linear warm-up from zero."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW, first moment."""
+    beta2: float = Field(default=0.98, ge=0, lt=1)
+    """AdamW, second moment."""
+    weight_decay: NonNegativeFloat = 0.05
+    """Decay of matrices; vectors, scalars, embeddings and queries are not decayed."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Autocast type of the forward pass; weights and optimiser stay fp32."""
+    eval_every: PositiveInt = 1_000
+    """Steps between held-out metrics (always measured at the end)."""
+    eval_items: PositiveInt = 256
+    """Held-out items per measurement."""
+    save_every: PositiveInt = 1_000
+    """Steps between resume points."""
+
+
+class Stage1Config(StageConfig):
+    """Representation learning with a frozen image encoder: ITC + ITM + ITG."""
+
+    steps: PositiveInt = 250_000
+    batch_size: PositiveInt = 1_680
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    """Smoothing of the ITC and ITG targets."""
+    itc_weight: NonNegativeFloat = 1.0
+    """Weight of image-text contrast; 0 switches it off."""
+    itm_weight: NonNegativeFloat = 1.0
+    """Weight of image-text matching; 0 switches it off."""
+    itg_weight: NonNegativeFloat = 1.0
+    """Weight of image-grounded text generation; 0 switches it off."""
+
+
+class Stage2Config(StageConfig):
+    """Generative learning with a frozen language model, captions only."""
+
+    steps: PositiveInt = 80_000
+    batch_size: PositiveInt = 1_920
+    min_learning_rate: NonNegativeFloat = 5e-5
+
+
+class VqaConfig(StageConfig):
+    """Fine-tune in which the question conditions the Q-Former."""
+
+    steps: PositiveInt = 20_000
+    batch_size: PositiveInt = 128
+    learning_rate: PositiveFloat = 1e-5
+    min_learning_rate: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 1_000
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    caption_fraction: float = Field(default=0.25, ge=0, lt=1)
+    """Share of each batch that stays image captioning, so that one model keeps both skills."""

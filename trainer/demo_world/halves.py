@@ -1,0 +1,264 @@
+"""The small frozen halves of the demo: a vision tower and a language model, really pre-trained on the demo world.
+
+The vision tower learns, supervised, what lies under each of its patches (shape, colour, size, where the object's
+centre is) and what the whole picture holds. The language model learns text alone: documents that describe one
+train-split scene and then ask about it, so that, like a large one, it can read an answer off its context. Only
+the train split is used. The folders are ordinary Hugging Face ones in fp16 (about 5 MB together).
+
+    python -m trainer.demo_world.halves OUT      # what made trainer/demo_halves/; see its record.json
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+from runtime.preprocess import PreprocessSettings, preprocess
+from runtime.progress import Progress
+from trainer.config import DemoHalvesConfig, ModelConfig
+from trainer.demo_world.draw import draw
+from trainer.demo_world.language import QuestionWriter, captions
+from trainer.demo_world.scene import COLOURS, RADIUS, SHAPES, Scene, random_scenes
+from trainer.towers import new_language_model, new_vision_tower
+
+SIDE, PATCH = 64, 8
+GRID = SIDE // PATCH
+PIXELS = PreprocessSettings(height=SIDE, width=SIDE, resample="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+DRAWN = 128
+"""Side of the drawn picture before it is resized (pixels)."""
+COVERED = 0.08
+"""A patch shows an object when the object covers at least this share of it."""
+LABELS = (list(SHAPES), list(COLOURS), list(RADIUS))
+DOCUMENT_TOKENS = 96
+
+
+# Shape letters: B images, N patches, E image width, T tokens
+class PatchTeacher(nn.Module):
+    """Linear heads that ask the tower what each patch and the whole picture show; thrown away afterwards."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.patch_heads = nn.ModuleList(nn.Linear(width, 1 + len(names)) for names in LABELS)
+        self.centre = nn.Linear(width, 2)
+        self.picture = nn.Linear(width, len(SHAPES) + len(COLOURS) + len(SHAPES) * len(COLOURS) + 1)
+
+    def forward(self, features_BNE: Tensor, patches: Tensor, centres: Tensor, pictures: Tensor) -> Tensor:
+        """Sum of the losses. patches [B, 3, N] labels (0 = none), centres [B, N, 2], pictures [B, K] counts."""
+        features_BNE = self.norm(features_BNE)
+        tokens_BNE = features_BNE[:, 1:]
+        loss = torch.zeros(())
+        for i, head in enumerate(self.patch_heads):
+            loss = loss + F.cross_entropy(head(tokens_BNE).flatten(0, 1).float(), patches[:, i].flatten())
+        shown = (patches[:, 0] > 0).unsqueeze(-1)
+        loss = loss + 4 * ((self.centre(tokens_BNE).float() - centres) ** 2 * shown).sum() / shown.sum().clamp(min=1)
+        return loss + ((self.picture(features_BNE[:, 0]).float() - pictures) ** 2).mean()
+
+
+def _targets(scene: Scene, object_map: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels of one picture: patches [3, N], centres [N, 2], picture counts [K]."""
+    cells = object_map.reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
+    cover = np.stack([(cells == i + 1).mean(1) for i in range(len(scene.objects))])
+    winner = np.where(cover.max(0) >= COVERED, cover.argmax(0), -1)
+    patches, centres = np.zeros((3, GRID * GRID), np.int64), np.zeros((GRID * GRID, 2), np.float32)
+    counts = np.zeros((len(SHAPES) + 1, len(COLOURS) + 1), np.float32)
+    for i, o in enumerate(scene.objects):
+        for row, (value, names) in enumerate(zip((o.shape, o.colour, o.size), LABELS, strict=True)):
+            patches[row, winner == i] = 1 + names.index(value)
+        centres[winner == i] = (2 * o.x - 1, 2 * o.y - 1)
+        counts[SHAPES.index(o.shape), list(COLOURS).index(o.colour)] += 1
+    counts[-1, :-1], counts[:-1, -1], counts[-1, -1] = counts[:-1, :-1].sum(0), counts[:-1, :-1].sum(1), scene.cluttered
+    return patches, centres, counts.flatten()
+
+
+def pretrain_vision(config: DemoHalvesConfig, out: Path, progress: Progress) -> dict[str, float]:
+    """Train the tower, save it to `out`; returns held-out patch accuracy per attribute (share of object patches)."""
+    torch.manual_seed(config.seed)
+    train = _drawn(random_scenes(config.scenes, "train", config.seed + 1000), config.seed)
+    held = _drawn(random_scenes(256, "val", config.seed + 1000), config.seed + 1)
+    tower = new_vision_tower(image_size=SIDE, patch=PATCH, width=128, layers=6, heads=4)
+    teacher = PatchTeacher(128)
+    order = torch.Generator().manual_seed(config.seed)
+
+    def step() -> Tensor:
+        rows = torch.randint(len(train[0]), (config.batch_size,), generator=order)
+        pixels, patches, centres, pictures = (part[rows] for part in train)
+        with torch.autocast("cpu", torch.bfloat16):
+            features_BNE = tower(_to_float(pixels)).last_hidden_state
+        return teacher(features_BNE.float(), patches, centres, pictures)
+
+    _optimise([tower, teacher], step, config.vision_steps, config.learning_rate, progress, "vision tower")
+    tower.half().save_pretrained(out)
+    stored = {
+        "image_mean": PIXELS.mean,
+        "image_std": PIXELS.std,
+        "resample": 3,
+        "size": {"height": SIDE, "width": SIDE},
+    }
+    (out / "preprocessor_config.json").write_text(json.dumps(stored, indent=2) + "\n")
+    tower.float().eval()
+    with torch.no_grad():
+        tokens = teacher.norm(tower(_to_float(held[0])).last_hidden_state)[:, 1:]
+        shown = held[1][:, 0] > 0
+        right = [
+            (h(tokens).argmax(-1) == held[1][:, i])[shown].float().mean() for i, h in enumerate(teacher.patch_heads)
+        ]
+    return {
+        f"patch_{kind}": round(float(value), 4) for kind, value in zip(("shape", "colour", "size"), right, strict=True)
+    }
+
+
+def _drawn(scenes: list[Scene], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pixels [n, 3, H, W] as uint8, to be brought to floats batch by batch, and the three kinds of labels."""
+    rng = np.random.default_rng(seed)
+    neutral = PIXELS.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)})
+    pixels, labels = np.empty((len(scenes), 3, SIDE, SIDE), np.uint8), []
+    for i, scene in enumerate(scenes):
+        picture, objects = draw(scene, DRAWN, rng)
+        pixels[i] = np.rint(preprocess(picture, neutral))
+        labels.append(_targets(scene, np.asarray(objects.resize((SIDE, SIDE), 0))))
+    patches, centres, pictures = (torch.from_numpy(np.stack(part)) for part in zip(*labels, strict=True))
+    return torch.from_numpy(pixels), patches, centres, pictures
+
+
+def _to_float(pixels: Tensor) -> Tensor:
+    return pixels.float() / 127.5 - 1.0
+
+
+def _optimise(
+    modules: list[nn.Module], step: Callable[[], Tensor], steps: int, rate: float, progress: Progress, title: str
+) -> None:
+    parameters = [p for module in modules for p in module.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=max(0.05, 2 / steps))
+    with progress.bar(title, steps) as bar:
+        for _ in range(steps):
+            loss = step()
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            schedule.step()
+            bar.advance(loss=float(loss))
+
+
+def document(scene: Scene, writer: QuestionWriter, rng: np.random.Generator, prompt: str) -> list[str]:
+    """A description of a scene followed by questions about it and their answers, one text each."""
+    said = captions(scene)
+    asked = writer.ask(scene, 4)
+    return [str(rng.choice(said)), *(f"{prompt.format(q.text)} {q.answer}" for q in asked)]
+
+
+def train_tokenizers(texts: list[str]) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
+    """An OPT-like byte-level BPE (texts begin with </s>) and a BERT-like WordPiece with [DEC]."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    specials = ["<s>", "<pad>", "</s>", "<unk>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=768, special_tokens=specials, initial_alphabet=alphabet)
+    )
+    bpe.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
+    language = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="</s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+    piece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    piece.normalizer = normalizers.BertNormalizer(lowercase=True)
+    piece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
+    letters = [chr(code) for code in range(33, 127)]
+    piece.train_from_iterator(
+        [*texts, " ".join(letters)],
+        trainers.WordPieceTrainer(vocab_size=512, special_tokens=marks, initial_alphabet=letters),
+    )
+    piece.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[("[CLS]", piece.token_to_id("[CLS]")), ("[SEP]", piece.token_to_id("[SEP]"))],
+    )
+    piece.decoder = decoders.WordPiece()
+    text = PreTrainedTokenizerFast(
+        tokenizer_object=piece,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        bos_token="[DEC]",
+    )
+    return language, text
+
+
+def pretrain_language(config: DemoHalvesConfig, out: Path, text_out: Path, progress: Progress) -> dict[str, float]:
+    """Train tokenizers and language model; returns held-out loss per token (nats) and answer accuracy in context."""
+    torch.manual_seed(config.seed)
+    rng, writer = np.random.default_rng(config.seed), QuestionWriter(config.seed)
+    prompt = ModelConfig().vqa_prompt
+    documents = [document(s, writer, rng, prompt) for s in random_scenes(config.scenes, "train", config.seed + 2000)]
+    held = [document(s, writer, rng, prompt) for s in random_scenes(128, "val", config.seed + 2000)]
+    tokenizer, text_tokenizer = train_tokenizers([text for texts in documents for text in texts])
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    model = new_language_model(vocabulary=len(tokenizer), width=128, layers=4, heads=4, positions=256, end=end, pad=pad)
+
+    def packed(texts: list[str]) -> list[int]:
+        ids = [token for text in texts for token in tokenizer(text).input_ids]  # each text begins with </s>
+        return [*ids, end][:DOCUMENT_TOKENS]
+
+    def batch(rows: list[list[int]]) -> Tensor:
+        return torch.tensor([row + [pad] * (DOCUMENT_TOKENS - len(row)) for row in rows])
+
+    train = batch([packed(texts) for texts in documents])
+    order = torch.Generator().manual_seed(config.seed)
+
+    def loss_of(ids_BT: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=ids_BT, attention_mask=(ids_BT != pad).long()).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten(), ignore_index=pad)
+
+    def step() -> Tensor:
+        return loss_of(train[torch.randint(len(train), (config.batch_size,), generator=order)])
+
+    _optimise([model], step, config.language_steps, config.learning_rate, progress, "language model")
+    model.half().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    text_tokenizer.save_pretrained(text_out)
+    model.float().eval()
+    with torch.no_grad():
+        loss = float(loss_of(batch([packed(texts) for texts in held])))
+        right = []
+        for said, *asked in held:
+            for line in asked:
+                asking, answer = line.rsplit(" ", 1)
+                ids = torch.tensor([tokenizer(said).input_ids + tokenizer(asking).input_ids])
+                guess = tokenizer.decode(int(model(input_ids=ids).logits[0, -1].argmax())).strip()
+                right.append(guess == answer)
+    return {"loss_per_token_nats": round(loss, 4), "answers_read_off_context": round(float(np.mean(right)), 4)}
+
+
+def build_halves(config: DemoHalvesConfig, out: Path, progress: Progress) -> Path:
+    """Make the folders `vision`, `language` and `text` below `out`, and `record.json`: what was made and how well."""
+    start = time.perf_counter()
+    vision = pretrain_vision(config, out / "vision", progress)
+    vision_s = time.perf_counter() - start
+    language = pretrain_language(config, out / "language", out / "text", progress)
+    record = {
+        "settings": config.model_dump(exclude={"rebuild"}),
+        "held_out": vision | language,
+        "seconds": {"vision": round(vision_s), "language": round(time.perf_counter() - start - vision_s)},
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__},
+    }
+    (out / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+    return out
+
+
+if __name__ == "__main__":
+    build_halves(DemoHalvesConfig(), Path(sys.argv[1]), Progress())

@@ -1,0 +1,95 @@
+"""Eager PyTorch behind the same questions as the bundle: the slow path that judges every fast one.
+
+Decoding is transformers' own `generate`, so the comparison is with code we did not write.
+"""
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from runtime.answers import Answer, Request
+from runtime.preprocess import preprocess_batch
+from runtime.text import fill_prompt, normalise_question
+from trainer.blip2 import Blip2
+from trainer.generative import question_tokens
+
+
+# Shape letters: B requests, Q queries, D language width, T prompt tokens
+class EagerPipeline:
+    """An `Answerer` over the PyTorch model."""
+
+    def __init__(self, model: Blip2) -> None:
+        self.model = model.eval()
+
+    @torch.no_grad()
+    def answer(self, requests: Sequence[Request], *, max_new_tokens: int | None = None) -> list[Answer]:
+        """Answer all requests as one batch, greedily, at most `max_new_tokens` (default: the model's) tokens each."""
+        model, marks = self.model, [time.perf_counter()]
+        pixels_BCHW = torch.from_numpy(preprocess_batch([r.image for r in requests], model.preprocess))
+        marks.append(time.perf_counter())
+        image_embeds_BNE = model.encode_image(pixels_BCHW)
+        marks.append(time.perf_counter())
+        questions = [None if r.question is None else normalise_question(r.question) for r in requests]
+        conditions = question_tokens(model, questions) if model.question_conditioned else (None, None)
+        prefix_BQD = model.query_prefix(image_embeds_BNE, *conditions)
+        marks.append(time.perf_counter())
+        embeds, mask = self._with_prompts(
+            prefix_BQD, [self._prompt(r, q) for r, q in zip(requests, questions, strict=True)]
+        )
+        first_token = _FirstToken()
+        ids_BT = model.language_model.generate(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            max_new_tokens=model.config.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=model.end_token_id,
+            pad_token_id=model.tokenizer.pad_token_id,
+            stopping_criteria=StoppingCriteriaList([first_token]),
+        )
+        marks += [first_token.at or marks[-1], time.perf_counter()]
+        names = ("preprocess", "vision", "qformer", "prefill", "decode")
+        timings_ms = {name: (b - a) * 1e3 for name, (a, b) in zip(names, pairwise(marks), strict=True)}
+        timings_ms["total"] = (marks[-1] - marks[0]) * 1e3
+        return [self._finish(r, row, timings_ms) for r, row in zip(requests, ids_BT.tolist(), strict=True)]
+
+    def _prompt(self, request: Request, question: str | None) -> str:
+        config = self.model.config
+        if question is None:
+            return config.caption_prompt if request.prompt is None else request.prompt
+        return fill_prompt(config.vqa_prompt if request.prompt is None else request.prompt, question)
+
+    def _with_prompts(self, prefix_BQD: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Prefix and prompt embeddings, rows padded on the left as `generate` wants them."""
+        ids = [self.model.tokenizer(prompt).input_ids for prompt in prompts]
+        longest = max(map(len, ids))
+        embed = self.model.language_model.get_input_embeddings()
+        queries, rows, masks = prefix_BQD.shape[1], [], []
+        for prefix_QD, row in zip(prefix_BQD, ids, strict=True):
+            text_TD = embed(torch.tensor(row, device=prefix_QD.device))
+            filler = text_TD.new_zeros(longest - len(row), text_TD.shape[1])
+            rows.append(torch.cat([filler, prefix_QD.to(text_TD.dtype), text_TD]))
+            masks.append([0] * (longest - len(row)) + [1] * (queries + len(row)))
+        return torch.stack(rows), torch.tensor(masks, device=prefix_BQD.device)
+
+    def _finish(self, request: Request, ids: list[int], timings_ms: dict[str, float]) -> Answer:
+        tokenizer = self.model.tokenizer
+        end = ids.index(self.model.end_token_id) if self.model.end_token_id in ids else len(ids)
+        text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+        return Answer(request.image_name, request.question, text, tuple(ids[:end]), timings_ms)
+
+
+class _FirstToken(StoppingCriteria):
+    """Notes when the first token is there; never stops anything."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Tensor:
+        self.at = self.at or time.perf_counter()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
