@@ -3,7 +3,6 @@
 #   make test   the whole test suite, offline
 #   make lint   ruff and mypy
 SHELL := /bin/bash
-RUN := runs/demo
 STAMP := .venv/.installed
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check install --constraint constraints.txt
@@ -12,8 +11,7 @@ PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check install --con
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
-	.venv/bin/qforge run recipes/demo.yaml --out $(RUN)
-	@echo "The report is in $(RUN)/report/report.md"
+	.venv/bin/qforge run recipes/demo.yaml --out runs/demo
 
 test: $(STAMP)
 	.venv/bin/python -m pytest

@@ -157,9 +157,8 @@ def _files_under(folder: Path) -> list[str]:
 
 def _inside(root: Path, relative: str) -> Path:
     """Absolute path of a listed file; a link that leads out of the bundle counts as outside."""
-    parts = PurePosixPath(relative)
     file = (root / relative).resolve()
-    if parts.is_absolute() or ".." in parts.parts or "\\" in relative or not file.is_relative_to(root.resolve()):
+    if PurePosixPath(relative).is_absolute() or not file.is_relative_to(root.resolve()):
         raise BundleError(f"{root / MANIFEST}: expected paths inside the bundle, found {relative!r}; do not load it")
     if not file.is_file():
         raise BundleError(f"{root / relative}: {MANIFEST} lists this file, found none; copy or export it again")

@@ -37,19 +37,18 @@ class ImageEncoder:
     def encode(self, pixels_BCHW: Floats, questions: Sequence[Sequence[int] | None], watch: Stopwatch) -> Floats:
         """Return prefix_BQD.
 
-        `questions` holds each row's question ids for the Q-Former, or None; ids are ignored by a bundle whose Q-Former
-        does not read questions, so that an image has one prefix there.
+        `questions` holds each row's question ids for the Q-Former; None for a caption, and wherever the Q-Former does
+        not read questions, so that an image has one prefix there.
         """
-        asked = questions if self._question_conditioned else [None] * len(questions)
         with watch.phase("preprocess"):
             image_keys = [self._key("image_embeds", pixels, None) for pixels in pixels_BCHW]
-            prefix_keys = [self._key("prefix", pixels, ids) for pixels, ids in zip(pixels_BCHW, asked, strict=True)]
+            prefix_keys = [self._key("prefix", pixels, ids) for pixels, ids in zip(pixels_BCHW, questions, strict=True)]
 
         def prefixes_of(rows: Rows) -> Floats:
             with watch.phase("vision"):
                 embeds_BNE = self._image_embeds(pixels_BCHW[list(rows)], [image_keys[row] for row in rows])
             with watch.phase("qformer"):
-                return self._prefix(embeds_BNE, [asked[row] for row in rows])
+                return self._prefix(embeds_BNE, [questions[row] for row in rows])
 
         return np.stack(self._remembered(prefix_keys, prefixes_of))
 

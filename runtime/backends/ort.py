@@ -37,11 +37,11 @@ class OrtEngine:
 
     def inputs(self) -> dict[str, tuple[int | str, ...]]:
         """Name → shape of every input; a varying size is a name."""
-        return {value.name: tuple(value.shape) for value in self._session.get_inputs()}
+        return _shapes(self._session.get_inputs())
 
     def outputs(self) -> dict[str, tuple[int | str, ...]]:
         """Name → shape of every output; a varying size is a name."""
-        return {value.name: tuple(value.shape) for value in self._session.get_outputs()}
+        return _shapes(self._session.get_outputs())
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """All outputs for all inputs; the arrays belong to the caller."""
@@ -59,3 +59,8 @@ class OrtEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _shapes(values: Any) -> dict[str, tuple[int | str, ...]]:
+    """onnxruntime gives None for a varying size that has no name."""
+    return {value.name: tuple("?" if size is None else size for size in value.shape) for value in values}

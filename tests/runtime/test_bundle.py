@@ -97,7 +97,7 @@ def test_paths_outside_the_bundle_are_refused(bundle, tmp_path):
     outside = tmp_path / "outside.onnx"
     shutil.copy(bundle / "onnx/vision.onnx", outside)
     graphs = json.loads((bundle / MANIFEST).read_text())["graphs"]
-    for path in ("../outside.onnx", str(outside), "onnx/../../outside.onnx", "onnx\\vision.onnx"):
+    for path in ("../outside.onnx", str(outside), str(bundle / "onnx/vision.onnx"), "onnx/../../outside.onnx"):
         rewrite(bundle, graphs=graphs | {"vision": graphs["vision"] | {"file": path}})
         with pytest.raises(BundleError, match="expected paths inside the bundle"):
             read_bundle(bundle)

@@ -121,7 +121,9 @@ def test_check_of_a_good_set(write, tmp_path):
 
 def test_check_finds_every_problem(write, tmp_path):
     draw(tmp_path / "images/1.png")
-    (tmp_path / "images/broken.png").write_bytes((tmp_path / "images/1.png").read_bytes()[:50])
+    broken = tmp_path / "images/broken.bmp"
+    Image.new("RGB", (4, 3)).save(broken)
+    broken.write_bytes(broken.read_bytes()[:-20])
     path = write(
         {"image": "images/1.png", "image_id": "1", "captions": ["a"]},
         {"image": "images/1.png", "image_id": "1", "captions": ["b"]},
@@ -129,7 +131,7 @@ def test_check_finds_every_problem(write, tmp_path):
         {"image": "images/1.png", "image_id": "1", "question": "q", "answers": ["y"]},
         {"image": "images/none.png", "image_id": "2", "captions": [" "]},
         {"image": "images/none.png", "image_id": "2", "captions": ["a"]},
-        {"image": "images/broken.png", "image_id": "1", "question": "r"},
+        {"image": "images/broken.bmp", "image_id": "1", "question": "r"},
     )
     report = check_manifest(path)
     assert not report.ok and report.rows == 7
@@ -138,7 +140,7 @@ def test_check_finds_every_problem(write, tmp_path):
         (2, f"found captions of image_id '1' already at {path}:1"),
         (4, f"found question 'q' of image_id '1' already at {path}:3"),
         (7, f"expected one image file per image_id, found '1' for another file at {path}:1"),
-        (7, "broken.png: the image is truncated or damaged"),
+        (7, "broken.bmp: the image is truncated or damaged"),
         (6, "none.png: expected an image file, found nothing under that name"),
     ]
     assert len(report.problems) == len(expected)

@@ -2,7 +2,6 @@
 
 import io
 import struct
-import warnings
 import zlib
 
 import numpy as np
@@ -247,12 +246,19 @@ def test_largest_and_smallest():
     np.testing.assert_allclose(pixels.mean(axis=(1, 2)), [0, 128 / 255, 1], atol=0.01)
 
 
-def test_loading_leaves_no_file_open(tmp_path):
+def test_loading_leaves_no_file_open(tmp_path, monkeypatch):
     path = tmp_path / "a.gif"
-    Image.new("P", (4, 4)).save(path, save_all=True, append_images=[Image.new("P", (4, 4), 1)])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ResourceWarning)
-        load_image(path)
+    Image.new("RGB", (4, 4)).save(path, save_all=True, append_images=[Image.new("RGB", (4, 4), "red")])
+    opened = []
+    real_open = Image.open
+    monkeypatch.setattr(Image, "open", lambda source: opened.append(real_open(source)) or opened[-1])
+    load_image(path)
+    with pytest.raises(ValueError, match="closed"):
+        opened[0].seek(1)
+    mine = real_open(path)
+    load_image(mine)
+    mine.seek(1)  # the caller's image stays open
+    mine.close()
 
 
 # --- refusals

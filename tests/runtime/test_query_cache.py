@@ -30,6 +30,8 @@ def test_keys_of_different_inputs_differ():
         {"a": "bc", "d": "e"},
         {"a": "b", "cd": "e"},
         {"ab": "c", "d": "e"},
+        {"p": "x", "q": "y"},
+        {"ptext(1,)xq": "y"},
         {"a": ""},
         {"a": "1"},
         {"a": [1]},

@@ -1,0 +1,1 @@
+"""Bundle against eager PyTorch: accuracy, latency, memory, size."""

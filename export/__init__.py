@@ -1,0 +1,1 @@
+"""Checkpoint to bundle: trace, write the precision into the graph, verify."""

@@ -1,0 +1,123 @@
+"""Real images and questions, drawn by seed: what INT8 ranges are measured on and what every graph is judged on.
+
+Random input never occurs here: a quantised graph that is judged, or calibrated, on noise shows nothing about pictures
+(reference/export.md §3.4). The two draws share no image.
+
+Shape letters: B batch, N image tokens, E image width, T question tokens
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from export.graphs import Arrays, Graph
+from runtime.answers import Request
+from runtime.dataset import Row, read_manifest
+from runtime.errors import DataError, ImageError
+from runtime.image_encoder import pad_questions
+from runtime.preprocess import load_image, preprocess
+from runtime.progress import Progress
+from runtime.text import normalise_question
+from trainer.blip2 import Blip2, text_batch
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Requests on different images: for each image a caption, and a question where the data asks one."""
+
+    calibration: tuple[Request, ...]
+    verification: tuple[Request, ...]
+
+
+def draw(
+    model: Blip2,
+    manifests: Sequence[Path],
+    *,
+    calibration_images: int,
+    verification_images: int,
+    seed: int,
+    progress: Progress,
+) -> Drawn:
+    """Draw images that can be read from all manifests together; captions and answers do not matter.
+
+    Raises:
+        DataError: no manifest, too few images, or no question although the model reads questions.
+    """
+    if not manifests:
+        raise DataError("export: expected a manifest of real images to calibrate and verify on, found none; name one")
+    names, wanted = ", ".join(map(str, manifests)), calibration_images + verification_images
+    questions = _questions_by_image([row for path in manifests for row in read_manifest(path)])
+    known, rng = list(questions), np.random.default_rng(seed)
+    images, broken = list[Path](), list[str]()
+    for index in rng.permutation(len(known)):
+        try:
+            load_image(known[index])
+            images.append(known[index])
+        except ImageError as error:
+            broken.append(str(error))
+        if len(images) == wanted:
+            break
+    if len(images) < wanted:
+        unread = f" and {len(broken)} that cannot be read, the first: {broken[0]}" if broken else ""
+        raise DataError(
+            f"{names}: expected {wanted} images ({calibration_images} to calibrate, {verification_images} to verify), "
+            f"found {len(images)}{unread}; give more, or lower export.calibration_images or export.verification_images"
+        )
+    if broken:
+        progress.note(f"{names}: {len(broken)} images cannot be read and were passed over, the first: {broken[0]}")
+    groups = [_requests(model, image, questions[image], rng) for image in images]
+    drawn = Drawn(_flat(groups[:calibration_images]), _flat(groups[calibration_images:]))
+    for part in (drawn.calibration, drawn.verification):
+        if model.question_conditioned and part and not any(request.question for request in part):
+            raise DataError(f"{names}: the model reads questions, found none about the images drawn; add a manifest")
+    return drawn
+
+
+def calibration_feeds(model: Blip2, graphs: dict[str, Graph], requests: Sequence[Request]) -> dict[str, list[Arrays]]:
+    """What `vision` and `qformer` meet when these requests are answered, one row a time, by graph.
+
+    The Q-Former sees its images as eager PyTorch encodes them, with questions and without.
+    """
+    feeds: dict[str, list[Arrays]] = {"vision": [], "qformer": []}
+    embeds_of: dict[object, Arrays] = {}
+    for request in requests:
+        if request.image not in embeds_of:
+            pixels = {"pixels": preprocess(request.image, model.preprocess)[None]}
+            feeds["vision"].append(pixels)
+            embeds_of = {request.image: graphs["vision"].run_eager(pixels)}  # an image's requests follow each other
+        question: Arrays = {}
+        if model.question_conditioned:
+            ids_BT, mask_BT = pad_questions([question_ids(model, request)])
+            question = {"question_ids": ids_BT, "question_mask": mask_BT}
+        feeds["qformer"].append({"image_embeds": embeds_of[request.image]["image_embeds"], **question})
+    return feeds
+
+
+def question_ids(model: Blip2, request: Request) -> tuple[int, ...] | None:
+    """Q-Former ids of a request as the trainer makes them; None for a caption or where questions are not read."""
+    if request.question is None or not model.question_conditioned:
+        return None
+    batch = text_batch(model, [normalise_question(request.question)])
+    return tuple(batch.ids[0].tolist())
+
+
+def _questions_by_image(rows: Sequence[Row]) -> dict[Path, list[str]]:
+    found: dict[Path, list[str]] = {}
+    for row in rows:
+        asked = found.setdefault(row.image, [])
+        if row.question is not None:
+            asked.append(row.question)
+    return found
+
+
+def _requests(model: Blip2, image: Path, asked: Sequence[str], rng: np.random.Generator) -> list[Request]:
+    """A caption, and one of the questions; those that the Q-Former would have to cut are left out."""
+    longest = model.config.qformer.max_text_tokens
+    fitting = [text for text in asked if len(model.text_tokenizer(normalise_question(text)).input_ids) <= longest]
+    return [Request(image), *(Request(image, question) for question in rng.permutation(fitting)[:1].tolist())]
+
+
+def _flat(groups: Sequence[Sequence[Request]]) -> tuple[Request, ...]:
+    return tuple(request for group in groups for request in group)

@@ -1,0 +1,51 @@
+"""Every export setting: one name, one default, one place. pydantic only: reading a recipe never loads torch."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+
+from runtime.settings import Settings
+
+Precision = Literal["fp32", "int8"]
+
+
+class Tolerance(Settings):
+    """How far a graph may be from eager PyTorch; a bundle that misses any of it is not written."""
+
+    max_error: NonNegativeFloat
+    """Largest error of an output, as a fraction of eager's largest value in it."""
+    min_cosine: float = Field(ge=0, le=1)
+    """Smallest cosine between an output and eager's."""
+    differing_answers: float = Field(ge=0, le=1)
+    """Share of greedy answers whose tokens may differ from eager's."""
+
+
+class ExportConfig(Settings):
+    """What is written into a bundle, and on how much data it is checked."""
+
+    precisions: tuple[Precision, ...] = ("fp32", "int8")
+    """Bundles that `qforge run` makes, one folder each (`bundle-fp32`, `bundle-int8`)."""
+    language_precision: Precision = "fp32"
+    """Numeric type of the language model's weights; the vision graph and the Q-Former take the bundle's precision."""
+    calibration_images: PositiveInt = 128
+    """Images that INT8 activation ranges are measured on; fewer in the manifests is an error."""
+    verification_images: PositiveInt = 32
+    """Other images on which every graph and every answer is compared with eager; fewer is an error."""
+    seed: NonNegativeInt = 0
+    """Seed of which images are drawn."""
+    reference_items: PositiveInt = 4
+    """Requests recorded with eager's outputs in `reference.npz`, which `qforge verify` replays."""
+    max_batch: PositiveInt = 8
+    """Largest batch (requests) the graphs are run and checked with."""
+    max_positions: PositiveInt | None = None
+    """Positions (image, prompt and answer) of the language model; null: all it was made for."""
+    fp32: Tolerance = Tolerance(max_error=1e-4, min_cosine=0.99999, differing_answers=0.0)
+    """For graphs in fp32: the order of additions may differ, an answer may not."""
+    int8: Tolerance = Tolerance(max_error=0.3, min_cosine=0.98, differing_answers=0.5)
+    """For graphs in INT8: refuses what is broken; what it costs in accuracy is the benchmark's to judge."""
+
+    @model_validator(mode="after")
+    def _reference_fits_a_batch(self) -> "ExportConfig":
+        if self.reference_items > self.max_batch:
+            raise ValueError(f"reference_items {self.reference_items} are replayed as one batch, max_batch is {self.max_batch}")
+        return self

@@ -1,0 +1,134 @@
+"""An engine that judges another: it runs a graph and its PyTorch module on the same arrays and measures the distance.
+
+Because it keeps the engine contract, the runtime's own encoder and decoder can drive it, so each graph is judged on
+exactly the inputs that serving gives it. It hands on PyTorch's result: no graph is blamed for an earlier one.
+
+Shape letters: B batch, L past + new positions, h heads, d head width
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from export.config import Precision, Tolerance
+from export.graphs import Arrays, Graph
+from runtime.backends import Engine
+from runtime.errors import CheckFailed
+from runtime.reference import GraphCase
+from runtime.replay import relative_error
+
+
+@dataclass
+class Parity:
+    """How far one output of one graph was from eager, at worst."""
+
+    graph: str
+    case: str
+    output: str
+    precision: Precision
+    allowed_error: float
+    allowed_cosine: float
+    max_error: float = 0.0
+    """Largest error as a fraction of eager's largest value."""
+    cosine: float = 1.0
+    """Smallest cosine."""
+    runs: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether both are within their tolerances."""
+        return self.max_error <= self.allowed_error and self.cosine >= self.allowed_cosine
+
+
+class Judge:
+    """An engine that runs a graph and its module side by side, measures, and returns what the module gave."""
+
+    def __init__(self, graph: Graph, engine: Engine, precision: Precision, tolerance: Tolerance) -> None:
+        self._graph, self._engine = graph, engine
+        self._precision, self._tolerance = precision, tolerance
+        self.parities: dict[tuple[str, str], Parity] = {}
+        """By case and output."""
+        self.cases: dict[str, GraphCase] = {}
+        """The first run of each case."""
+
+    def inputs(self) -> dict[str, tuple[int | str, ...]]:
+        """Those of the graph."""
+        return self._engine.inputs()
+
+    def outputs(self) -> dict[str, tuple[int | str, ...]]:
+        """Those of the graph."""
+        return self._engine.outputs()
+
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        """PyTorch's outputs; the graph's are compared with them.
+
+        Raises:
+            CheckFailed: NaN or infinity on either side.
+        """
+        expected, found = self._graph.run_eager(feeds), self._engine.run(feeds)
+        self._require_finite(expected, "eager PyTorch gives", "the checkpoint is damaged")
+        self._require_finite(found, f"the {self._precision} graph gives", "eager PyTorch does not")
+        case = _case_of(feeds)
+        for name in expected:
+            self._compare(case, name, *(_seen(side[name], name, feeds) for side in (expected, found)))
+        if case not in self.cases:
+            self.cases[case] = self._recorded(case, feeds, expected)
+        return expected
+
+    def close(self) -> None:
+        """Close the engine."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _compare(self, case: str, name: str, expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> None:
+        allowed = self._tolerance
+        fresh = Parity(self._graph.name, case, name, self._precision, allowed.max_error, allowed.min_cosine)
+        parity = self.parities.setdefault((case, name), fresh)
+        parity.max_error = max(parity.max_error, relative_error(found, expected))
+        parity.cosine = min(parity.cosine, _cosine(found, expected))
+        parity.runs += 1
+
+    def _require_finite(self, outputs: Arrays, who: str, why: str) -> None:
+        bad = {name: 1 - float(np.isfinite(array).mean()) for name, array in outputs.items()}
+        worst = max(bad, key=lambda name: bad[name])
+        if bad[worst]:
+            raise CheckFailed(
+                f"graph '{self._graph.name}': {who} NaN or infinity in {100 * bad[worst]:.2g} % of '{worst}'; {why}"
+            )
+
+    def _recorded(self, case: str, feeds: Mapping[str, npt.NDArray[Any]], expected: Arrays) -> GraphCase:
+        """Without outputs at padded positions, which nobody reads and no two engines agree on."""
+        padded = case == "prefill" and not feeds["attention_mask"].all()
+        kept = {name: array for name, array in expected.items() if not (padded and name.startswith("present_"))}
+        return GraphCase(self._graph.name, case, dict(feeds), kept, dict.fromkeys(kept, self._tolerance.max_error))
+
+
+def _case_of(feeds: Mapping[str, npt.NDArray[Any]]) -> str:
+    """prefill or step for the language graph; the others have one case."""
+    past = feeds.get("past_key_0")
+    return "run" if past is None else "prefill" if past.shape[2] == 0 else "step"
+
+
+def _seen(array: npt.NDArray[Any], name: str, feeds: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Cache positions that the mask hides count as 0: their content depends on how an engine treats empty rows."""
+    if not name.startswith("present_"):
+        return array
+    hidden_BhLd: npt.NDArray[Any] = array * feeds["attention_mask"][:, None, :, None]
+    return hidden_BhLd
+
+
+def _cosine(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    a, b = found.ravel().astype(np.float64), expected.ravel().astype(np.float64)
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / norms if norms else float(np.array_equal(a, b))

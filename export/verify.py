@@ -1,0 +1,178 @@
+"""The slow path judges the fast one: every graph and every greedy answer against eager PyTorch, on real images.
+
+The runtime's own encoder and decoder drive a `Judge` per graph (export/judge.py): batches, padding on the left,
+questions beside none, prefill and steps. Then the finished bundle answers as a user would ask, and its tokens are
+compared with transformers' own `generate`.
+
+Shape letters: B batch, C H W pixels, Q queries, D language width
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from export.calibration import question_ids
+from export.config import ExportConfig, Precision, Tolerance
+from export.graphs import Graph
+from export.judge import Judge, Parity
+from runtime.answers import Request
+from runtime.backends import open_engine
+from runtime.bundle import Bundle
+from runtime.decoder import Decoder
+from runtime.errors import CheckFailed
+from runtime.image_encoder import ImageEncoder
+from runtime.manifest import Manifest
+from runtime.pipeline import TOKENIZER, Pipeline
+from runtime.preprocess import preprocess_batch
+from runtime.progress import Progress
+from runtime.query_cache import QueryCache
+from runtime.reference import ChainCase, GraphCase
+from runtime.stopwatch import Stopwatch
+from runtime.text import fill_prompt
+from runtime.tokenizer import TextTokenizer
+from trainer.blip2 import Blip2
+from trainer.generate import EagerPipeline
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A bundle that passed."""
+
+    parities: tuple[Parity, ...]
+    captions: int
+    questions: int
+    equal_answers: int
+    """Of all captions and questions: token for token as eager."""
+    allowed_differing: float
+    cases: tuple[GraphCase, ...]
+    """For reference.npz."""
+    chain: ChainCase
+
+    def as_json(self) -> dict[str, Any]:
+        """What parity.json says."""
+        rows = self.captions + self.questions
+        return {
+            "graphs": [asdict(parity) for parity in self.parities],
+            "greedy_answers": {
+                "captions": self.captions,
+                "questions": self.questions,
+                "equal": self.equal_answers,
+                "share_equal": self.equal_answers / rows,
+                "allowed_share_differing": self.allowed_differing,
+            },
+        }
+
+
+def verify(
+    bundle: Bundle,
+    model: Blip2,
+    graphs: Mapping[str, Graph],
+    requests: Sequence[Request],
+    config: ExportConfig,
+    progress: Progress,
+) -> Verdict:
+    """Compare everything on `requests`; the first `reference_items` of them are recorded.
+
+    Raises:
+        CheckFailed: NaN or infinity anywhere, or a missed tolerance; names the graph and its worst output.
+    """
+    tolerances: dict[Precision, Tolerance] = {"fp32": config.fp32, "int8": config.int8}
+    of_graph = {name: _precision_of(bundle.manifest, name) for name in graphs}
+    batches = _batches(requests, config.reference_items, config.max_batch)
+    encoded = [_tokens(bundle, model, batch) for batch in batches]
+    with ExitStack() as opened:
+        judges = {
+            name: Judge(graph, opened.enter_context(open_engine(bundle, name)), of_graph[name], tolerances[of_graph[name]])
+            for name, graph in graphs.items()
+        }
+        encoder = ImageEncoder(judges["vision"], judges["qformer"], QueryCache(0), bundle.manifest)
+        decoder = Decoder(judges["embed"], judges["language"], bundle.manifest.generation, bundle.manifest.limits)
+        with progress.bar("verifying graphs", len(batches), items_per_step=config.max_batch) as bar:
+            for batch, (prompts, questions) in zip(batches, encoded, strict=True):
+                pixels_BCHW = preprocess_batch([request.image for request in batch], model.preprocess)
+                prefix_BQD = encoder.encode(pixels_BCHW, questions, Stopwatch())
+                decoder.generate(prefix_BQD, prompts, model.config.max_new_tokens, Stopwatch())
+                bar.advance()
+    parities = tuple(parity for judge in judges.values() for parity in judge.parities.values())
+    _require_parity(parities)
+    answers = tolerances["fp32" if set(of_graph.values()) == {"fp32"} else "int8"].differing_answers
+    expected, equal = _compare_answers(bundle, model, batches, answers, progress)
+    (prompts, questions), recorded = encoded[0], batches[0]
+    return Verdict(
+        parities=parities,
+        captions=sum(request.question is None for request in requests),
+        questions=sum(request.question is not None for request in requests),
+        equal_answers=equal,
+        allowed_differing=answers,
+        cases=tuple(case for judge in judges.values() for case in judge.cases.values()),
+        chain=ChainCase(
+            pixels_BCHW=preprocess_batch([request.image for request in recorded], model.preprocess),
+            prompts=tuple(tuple(ids) for ids in prompts),
+            questions=tuple(questions),
+            token_ids=tuple(expected[: len(recorded)]),
+            max_new_tokens=model.config.max_new_tokens,
+            tolerance=answers,
+        ),
+    )
+
+
+def _require_parity(parities: Sequence[Parity]) -> None:
+    missed = sorted((p for p in parities if not p.ok), key=lambda p: p.max_error / max(p.allowed_error, 1e-12))
+    if missed:
+        worst = missed[-1]
+        raise CheckFailed(
+            f"graph '{worst.graph}' ({worst.precision}, {worst.case}): '{worst.output}' is the worst of {len(missed)} "
+            f"outputs too far from eager PyTorch: error {worst.max_error:.2g} ({worst.allowed_error:.2g} allowed), "
+            f"cosine {worst.cosine:.6f} ({worst.allowed_cosine:g} needed); nothing was written"
+        )
+
+
+def _compare_answers(
+    bundle: Bundle, model: Blip2, batches: Sequence[Sequence[Request]], allowed: float, progress: Progress
+) -> tuple[list[tuple[int, ...]], int]:
+    """Eager's token ids of every request, and how many the finished bundle answers with the same."""
+    eager, expected, found = EagerPipeline(model), list[tuple[int, ...]](), list[tuple[int, ...]]()
+    with (
+        Pipeline(bundle, backend="ort", threads=None, cache_bytes=0) as pipeline,
+        progress.bar("verifying answers", len(batches), items_per_step=len(batches[-1])) as bar,
+    ):
+        for batch in batches:
+            expected += [answer.token_ids for answer in eager.answer(batch)]
+            found += [answer.token_ids for answer in pipeline.answer(batch)]
+            bar.advance()
+    different = [row for row, pair in enumerate(zip(expected, found, strict=True)) if pair[0] != pair[1]]
+    if len(different) > allowed * len(expected):
+        request = [request for batch in batches for request in batch][different[0]]
+        raise CheckFailed(
+            f"{len(different)} of {len(expected)} greedy answers differ from eager PyTorch ({allowed:.0%} may), the first "
+            f"for {request.image_name}, question {request.question!r}: expected tokens {list(expected[different[0]])}, "
+            f"found {list(found[different[0]])}; nothing was written"
+        )
+    return expected, len(expected) - len(different)
+
+
+def _tokens(
+    bundle: Bundle, model: Blip2, batch: Sequence[Request]
+) -> tuple[list[list[int]], list[tuple[int, ...] | None]]:
+    """Prompt ids and Q-Former question ids of a batch as the trainer makes them; the bundle's tokenizer must agree."""
+    own, prompts = TextTokenizer(bundle.file(TOKENIZER)), list[list[int]]()
+    for request in batch:
+        config = model.config
+        text = fill_prompt(config.caption_prompt if request.question is None else config.vqa_prompt, request.question)
+        ids = list(model.tokenizer(text).input_ids)
+        if (found := own.encode(text)) != ids:
+            raise CheckFailed(f"{TOKENIZER} reads {text!r} as {found}, transformers as {ids}; nothing was written")
+        prompts.append(ids)
+    return prompts, [question_ids(model, request) for request in batch]
+
+
+def _batches(requests: Sequence[Request], first: int, largest: int) -> list[Sequence[Request]]:
+    """The recorded requests, then the rest in batches as large as the bundle takes."""
+    starts = range(first, len(requests), largest)
+    return [requests[:first], *(requests[start : start + largest] for start in starts)]
+
+
+def _precision_of(manifest: Manifest, graph: str) -> Precision:
+    own: dict[str, Precision] = {"language": manifest.language_precision, "embed": "fp32"}
+    return own.get(graph, manifest.precision)

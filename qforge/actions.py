@@ -1,0 +1,200 @@
+"""What each step of `qforge run` does: one function per step, handed to the room that knows how.
+
+Each writes into the folder it is given, and imports its room inside itself: a run that skips a step does not pay
+for it.
+"""
+
+import contextlib
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qforge.evaluation import evaluate_rows, open_answerer
+from qforge.recipe import Recipe
+from qforge.report import report_text
+from runtime.dataset import check_manifest, read_manifest
+from runtime.errors import CheckFailed, require
+from runtime.files import sha256_of, write_json_atomic
+from runtime.preprocess import load_image
+from runtime.progress import Progress
+from trainer.config import DEMO, DataConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from trainer.train import StageName
+
+MANIFESTS = ("captions_train", "captions_val", "captions_test", "vqa_train", "vqa_val", "vqa_test")
+"""Settings of the data section that name a manifest."""
+TESTS = ("captions_test", "vqa_test")
+
+
+def manifests_of(data: DataConfig, out: Path) -> dict[str, Path]:
+    """Manifest paths by setting, as `trainer.data.resolve` has them, but without loading torch."""
+    root = out / "data" if data.root is None else data.root
+    names = {setting: getattr(data, setting) for setting in MANIFESTS}
+    return {setting: root / name for setting, name in names.items() if name is not None}
+
+
+def fingerprint_data(recipe: Recipe, out: Path) -> dict[str, str]:
+    """What tells that the user's own data changed: content of the manifests, size and time of the images."""
+    if recipe.data.root is None:
+        return {}
+    found = {}
+    for manifest in manifests_of(recipe.data, out).values():
+        found[str(manifest)] = sha256_of(manifest)
+        for image in {row.image for row in read_manifest(manifest)}:
+            found[str(image)] = _size_and_time(image) if image.is_file() else "missing"
+    return found
+
+
+def fingerprint_sources(model: ModelConfig) -> dict[str, str]:
+    """Size and time of every file of halves that are local folders; the shipped ones count as code."""
+    folders = [Path(source) for source in (model.vision, model.language, model.text_tokenizer) if source != DEMO]
+    files = [file for folder in folders if folder.is_dir() for file in folder.rglob("*") if file.is_file()]
+    return {str(file): _size_and_time(file) for file in files}
+
+
+def prepare_data(recipe: Recipe, out: Path, folder: Path) -> None:
+    """Draw the demo world; or look through the user's manifests, so that a wrong one stops the run here.
+
+    An unreadable image is refused where it would be tested on. In training it is replaced and counted, so here it is
+    a warning.
+    """
+    if recipe.data.root is None:
+        from trainer.demo_world import write_demo_world
+
+        write_demo_world(recipe.data.demo, folder, Progress())
+        return
+    reports = {}
+    for setting, manifest in manifests_of(recipe.data, out).items():
+        report = check_manifest(manifest)
+        reports[setting] = report.as_json()
+        if report.ok:
+            continue
+        if setting in TESTS:
+            for row in read_manifest(manifest):
+                load_image(row.image)
+        print(
+            f"warning: {manifest}: {len(report.problems)} problems, the first is: {report.problems[0]}. "
+            f"All of them: qforge data check {manifest}",
+            file=sys.stderr,
+        )
+    write_json_atomic(folder / "check.json", {"manifests": reports, "files": fingerprint_data(recipe, out)})
+
+
+def build_halves(recipe: Recipe, folder: Path) -> None:
+    """Pre-train the small frozen halves."""
+    require("torch", extra="train", why="Pre-training the halves")
+    from trainer.demo_world.halves import build_halves
+
+    build_halves(recipe.model.demo_halves, folder, Progress())
+
+
+def train_stage(
+    stage: "StageName", recipe: Recipe, model: ModelConfig, out: Path, init: Path | None, folder: Path
+) -> None:
+    """Train one stage from the checkpoint `init`, or go on with what an interrupted call left in `folder`."""
+    require("torch", extra="train", why="Training")
+    from trainer.data import resolve
+    from trainer.train import run_stage
+
+    run_stage(
+        stage,
+        model=model,
+        data=resolve(recipe.data, out / "data"),
+        config=getattr(recipe, stage),
+        seed=recipe.seed,
+        init=init,
+        out=folder,
+        recipe_yaml=recipe.to_yaml(),
+        progress=Progress(),
+    )
+
+
+def evaluate_checkpoint(recipe: Recipe, out: Path, folder: Path) -> None:
+    """Scores of eager PyTorch on the whole test split."""
+    manifests, batch = manifests_of(recipe.data, out), recipe.bench.scoring_batch
+    captions, questions = read_manifest(manifests["captions_test"]), read_manifest(manifests["vqa_test"])
+    with open_answerer(out / "checkpoint", backend="ort", threads=None) as eager:
+        said = evaluate_rows(eager, captions, "caption", batch, "captions")
+        answered = evaluate_rows(eager, questions, "vqa", batch, "questions")
+    write_json_atomic(folder / "evaluation.json", {"caption": said.as_json(), "vqa": answered.as_json()})
+
+
+def export_bundle(recipe: Recipe, precision: str, out: Path, folder: Path) -> None:
+    """One bundle, calibrated on training images and verified against PyTorch."""
+    require("onnx", extra="export", why="Exporting")
+    from export.pipeline import export_bundle
+
+    export_bundle(
+        out / "checkpoint",
+        folder,
+        recipe.export,
+        precision=precision,
+        calibration=manifests_of(recipe.data, out)["captions_train"],
+        recipe_yaml=recipe.to_yaml(),
+    )
+
+
+def verify_bundles(bundles: Sequence[Path], folder: Path) -> None:
+    """Replay what PyTorch answered when each bundle was made; CheckFailed when this machine answers otherwise."""
+    from runtime.bundle import read_bundle
+    from runtime.replay import replay
+
+    checks = {str(bundle): replay(read_bundle(bundle)) for bundle in bundles}
+    for bundle, of_bundle in checks.items():
+        failed = [check for check in of_bundle if not check.ok]
+        if failed:
+            raise CheckFailed(
+                f"{bundle}: {len(failed)} of {len(of_bundle)} recorded outputs are not met on this machine, the first "
+                f"is {failed[0].graph} {failed[0].output} (error {failed[0].max_error:.2g}, "
+                f"{failed[0].tolerance:.2g} allowed). "
+                f"All of them: qforge verify {bundle}"
+            )
+    write_json_atomic(
+        folder / "verification.json", {name: [asdict(c) for c in found] for name, found in checks.items()}
+    )
+
+
+def bench(recipe: Recipe, bundles: Sequence[Path], out: Path, folder: Path) -> None:
+    """Bundles beside eager PyTorch, same inputs, same run."""
+    require("torch", extra="bench", why="The benchmark")
+    from benchmarks.bench import bench
+
+    manifests = manifests_of(recipe.data, out)
+    # A broken gate is written in result.json, where `failures_of` finds it: the report that shows it is made first.
+    with contextlib.suppress(CheckFailed):
+        bench(
+            bundles,
+            out / "checkpoint",
+            recipe.bench,
+            caption_rows=read_manifest(manifests["captions_test"]),
+            vqa_rows=read_manifest(manifests["vqa_test"]),
+            prior_rows=read_manifest(manifests["vqa_train"]),
+            out=folder,
+            progress=Progress(),
+        )
+
+
+def write_report(bundles: Sequence[Path], out: Path, folder: Path) -> None:
+    """The benchmark's files, with the test scores and the way on in front."""
+    shutil.copytree(out / "work/bench", folder, dirs_exist_ok=True)
+    scores = json.loads((out / "work/evaluation/evaluation.json").read_text(encoding="utf-8"))
+    write_json_atomic(folder / "evaluation.json", scores)
+    measured = (folder / "report.md").read_text(encoding="utf-8")
+    (folder / "report.md").write_text(report_text(scores, measured, bundles, out), encoding="utf-8")
+
+
+def failures_of(out: Path) -> list[str]:
+    """One sentence per gate that the bundles of a finished run do not hold; none when all is well."""
+    result = json.loads((out / "report/result.json").read_text(encoding="utf-8"))
+    failures: list[str] = result["failures"]
+    return failures
+
+
+def _size_and_time(file: Path) -> str:
+    facts = file.stat()
+    return f"{facts.st_size} bytes, {facts.st_mtime_ns}"

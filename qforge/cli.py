@@ -1,0 +1,238 @@
+"""The `qforge` command: one function per verb, which says its options and hands over.
+
+Nothing heavy is imported here, so `qforge --help` answers at once; each verb imports the module that does the work.
+
+    qforge run recipes/demo.yaml --out runs/demo
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qforge.console import INTERRUPTED, Outcome, verb
+
+app = typer.Typer(
+    name="qforge",
+    help="Train a BLIP-2-style model, export it, and run it without PyTorch.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data = typer.Typer(help="Data sets: check one, or draw the demo world.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data, name="data")
+
+Task = Literal["caption", "vqa"]
+Stage = Literal["stage1", "stage2", "vqa"]
+Precision = Literal["fp32", "int8"]
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, such as recipes/demo.yaml.")]
+RunFolder = Annotated[Path, typer.Option("--out", help="Folder of the run; the same folder again goes on.")]
+BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `qforge export` made.")]
+EitherFolder = Annotated[Path, typer.Argument(metavar="BUNDLE|CKPT", help="Bundle, or checkpoint folder.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, such as stage1.steps=50; repeatable."),
+]
+Backend = Annotated[str, typer.Option(help="Engine that runs the graphs; `qforge doctor` lists what is here.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; without it, one per physical core.")]
+Prompt = Annotated[str | None, typer.Option(help="Replaces the bundle's prompt; {} is the question.")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Longest text (tokens); without it, the bundle's own limit.")]
+
+
+@verb(app, "run", "qforge run recipes/demo.yaml --out runs/demo --set stage1.steps=200")
+def run(recipe: RecipeFile, out: RunFolder, overrides: Overrides = None) -> Outcome:
+    """Train, export, verify, benchmark, report.
+
+    Finished steps are skipped as long as nothing they were made from has changed.
+    """
+    from qforge import verbs_train
+
+    return verbs_train.run(recipe, out, overrides or [])
+
+
+@verb(app, "train", "qforge train recipes/demo.yaml --out runs/demo --stage stage1")
+def train(
+    recipe: RecipeFile,
+    out: RunFolder,
+    stage: Annotated[
+        Stage, typer.Option(help="Last stage to train; the ones before it are made when missing.")
+    ] = "vqa",
+    overrides: Overrides = None,
+) -> Outcome:
+    """Train the stages in order.
+
+    `qforge run` with the same recipe and folder goes on from there.
+    """
+    from qforge import verbs_train
+
+    return verbs_train.train(recipe, out, stage, overrides or [])
+
+
+@verb(data, "check", "qforge data check data/captions_train.jsonl")
+def data_check(manifest: Annotated[Path, typer.Argument(metavar="FILE", help="Manifest, JSON Lines.")]) -> Outcome:
+    """Read every line and image of a data set.
+
+    Prints counts and problems. Exit 1 when there are problems.
+    """
+    from qforge import verbs_train
+
+    return verbs_train.data_check(manifest)
+
+
+@verb(data, "demo", "qforge data demo --out world --set data.demo.train_scenes=500")
+def data_demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; replaced when it holds a demo world.")],
+    overrides: Overrides = None,
+) -> Outcome:
+    """Draw the demo world.
+
+    Scenes of shapes with captions and questions, in the manifest format.
+    """
+    from qforge import verbs_train
+
+    return verbs_train.data_demo(out, overrides or [])
+
+
+@verb(
+    app, "export", "qforge export runs/demo/checkpoint --out bundle --precision int8 --calibration captions_train.jsonl"
+)
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint folder.")],
+    out: Annotated[Path, typer.Option("--out", help="Bundle folder to write.")],
+    precision: Annotated[Precision, typer.Option(help="Numeric type of the vision graph and the Q-Former.")],
+    language_precision: Annotated[
+        Precision | None, typer.Option(help="Of the language model; without it, the recipe's.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Manifest whose images set the INT8 ranges.")
+    ] = None,
+    overrides: Overrides = None,
+) -> Outcome:
+    """Write a bundle from a checkpoint.
+
+    It is verified against PyTorch first; nothing is written when it misses a tolerance. Settings are those of the
+    recipe in the checkpoint.
+    """
+    from qforge import verbs_bundle
+
+    return verbs_bundle.export(checkpoint, out, precision, language_precision, calibration, overrides or [])
+
+
+@verb(app, "verify", "qforge verify runs/demo/bundle-int8")
+def verify(bundle: BundleFolder, backend: Backend = "ort") -> Outcome:
+    """Replay a bundle's recorded inputs on this machine.
+
+    Compares with the outputs that PyTorch gave at export. Exit 1 when one is missed.
+    """
+    from qforge import verbs_bundle
+
+    return verbs_bundle.verify(bundle, backend)
+
+
+@verb(app, "inspect", "qforge inspect runs/demo/bundle-int8")
+def inspect(path: EitherFolder) -> Outcome:
+    """Say what is in a bundle or checkpoint."""
+    from qforge import verbs_bundle
+
+    return verbs_bundle.inspect(path)
+
+
+@verb(app, "doctor", "qforge doctor")
+def doctor() -> Outcome:
+    """Say what this machine can run.
+
+    And which install brings the rest.
+    """
+    from qforge import doctor
+
+    return doctor.doctor()
+
+
+@verb(app, "caption", "qforge caption runs/demo/bundle-int8 photo.jpg other.png --json")
+def caption(
+    bundle: BundleFolder,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    prompt: Prompt = None,
+    max_new_tokens: MaxNewTokens = None,
+    backend: Backend = "ort",
+    threads: Threads = None,
+) -> Outcome:
+    """Describe images."""
+    from qforge import verbs_answer
+
+    return verbs_answer.caption(bundle, images, prompt, max_new_tokens, backend, threads)
+
+
+@verb(app, "vqa", 'qforge vqa runs/demo/bundle-int8 picture.png "what colour is the circle?"')
+def vqa(
+    bundle: BundleFolder,
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file.")],
+    questions: Annotated[list[str], typer.Argument(metavar="QUESTION...", help="Questions about it.")],
+    prompt: Prompt = None,
+    max_new_tokens: MaxNewTokens = None,
+    backend: Backend = "ort",
+    threads: Threads = None,
+) -> Outcome:
+    """Answer questions about an image."""
+    from qforge import verbs_answer
+
+    return verbs_answer.vqa(bundle, image, questions, prompt, max_new_tokens, backend, threads)
+
+
+@verb(app, "evaluate", "qforge evaluate runs/demo/bundle-int8 --data runs/demo/data/vqa_test.jsonl --task vqa")
+def evaluate(
+    path: EitherFolder,
+    manifest: Annotated[Path, typer.Option("--data", metavar="FILE", help="Manifest to score on.")],
+    task: Annotated[Task, typer.Option(help="What is asked of the images.")],
+    batch_size: Annotated[int, typer.Option(help="Requests answered together.")] = 8,
+    backend: Backend = "ort",
+    threads: Threads = None,
+) -> Outcome:
+    """Score a bundle or checkpoint on a data set."""
+    from qforge import verbs_bundle
+
+    return verbs_bundle.evaluate(path, manifest, task, batch_size, backend, threads)
+
+
+@verb(
+    app,
+    "bench",
+    "qforge bench runs/demo/bundle-fp32 runs/demo/bundle-int8 --against runs/demo/checkpoint \\\n"
+    "    --data runs/demo/data --out bench",
+)
+def bench(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Bundles of one checkpoint.")],
+    against: Annotated[Path, typer.Option(metavar="CKPT", help="Checkpoint they were made from.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for result.json, report.md and answers.png.")],
+    root: Annotated[
+        Path | None, typer.Option("--data", metavar="DIR", help="Folder of the manifests; without it, the recipe's.")
+    ] = None,
+    overrides: Overrides = None,
+) -> Outcome:
+    """Compare bundles with eager PyTorch.
+
+    Same inputs, same run: accuracy, latency by phase, memory, size.
+
+    Benchmark settings and the names of the manifests are those of the recipe in the checkpoint.
+    """
+    from qforge import verbs_bundle
+
+    return verbs_bundle.bench(bundles, against, out, root, overrides or [])
+
+
+def main() -> None:
+    """Entry point of the `qforge` command."""
+    try:
+        code = app(prog_name="qforge", standalone_mode=False)
+    except typer.TyperException as error:
+        message = error.format_message()
+        path = getattr(getattr(error, "ctx", None), "command_path", "qforge")
+        print(message if message.startswith("Usage") else f"{message} See: {path} --help", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:  # before or after a verb; within one, the verb says so itself
+        print(INTERRUPTED, file=sys.stderr)
+        code = 2
+    sys.exit(code)

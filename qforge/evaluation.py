@@ -1,0 +1,74 @@
+"""One door to everything that answers: a bundle (engines, no torch) or a checkpoint (eager PyTorch)."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Literal
+
+from runtime.answers import Answerer
+from runtime.dataset import Row
+from runtime.errors import InputError, MissingFile, require
+from runtime.evaluate import Evaluation, evaluate
+from runtime.progress import Bar, Progress
+
+Kind = Literal["bundle", "checkpoint"]
+
+
+def kind_of(path: Path) -> Kind:
+    """What lies at `path`; raises MissingFile or InputError when it is neither."""
+    if not path.exists():
+        raise MissingFile(f"{path}: expected a bundle or a checkpoint folder, found nothing there.")
+    if (path / "manifest.json").is_file():
+        return "bundle"
+    if (path / "model.safetensors").is_file():
+        return "checkpoint"
+    raise InputError(
+        f"{path}: expected a bundle (with manifest.json) or a checkpoint (with model.safetensors), found neither."
+    )
+
+
+@contextmanager
+def open_answerer(path: Path, backend: str, threads: int | None) -> Iterator[Answerer]:
+    """A pipeline over the bundle, or eager PyTorch over the checkpoint (on which `backend` has no say)."""
+    if kind_of(path) == "bundle":
+        from runtime import load
+
+        with load(path, backend, threads) as pipeline:
+            yield pipeline
+        return
+    torch = require("torch", extra="train", why="Answering with a checkpoint")
+    from trainer.checkpoint import load_checkpoint
+    from trainer.generate import EagerPipeline
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    yield EagerPipeline(load_checkpoint(path))
+
+
+def evaluate_rows(
+    answerer: Answerer, rows: Sequence[Row], task: Literal["caption", "vqa"], batch_size: int, title: str
+) -> Evaluation:
+    """`runtime.evaluate` with a progress bar on stderr and the scorers that fit the rows."""
+    from trainer.demo_world import scorers_for
+
+    scorers = scorers_for(rows) if task == "caption" else {}
+    with reporting(title) as progress:
+        return evaluate(answerer, rows, task=task, batch_size=batch_size, scorers=scorers, progress=progress)
+
+
+@contextmanager
+def reporting(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for work that reports (items done, items in all)."""
+    with ExitStack() as stack:
+        bar: Bar | None = None
+        shown = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal bar, shown
+            if bar is None:
+                bar = stack.enter_context(Progress().bar(title, total))
+            for _ in range(done - shown):
+                bar.advance()
+            shown = done
+
+        yield progress

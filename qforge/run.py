@@ -1,0 +1,161 @@
+"""`qforge run`: one recipe from image-text pairs to a report, as a table of steps (qforge/steps.py does each once).
+
+OUT/checkpoint/    the trained model              OUT/report/       report.md, result.json, answers.png
+OUT/bundle-fp32/   OUT/bundle-int8/               OUT/recipe.yaml   resolved
+OUT/data/          the demo world, or what was found in the user's own data
+OUT/work/          what lies between
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from qforge import actions
+from qforge.recipe import Recipe
+from qforge.steps import Done, Step, folder_lock, run_steps
+from runtime.files import write_text_atomic
+from trainer.config import DEMO, ModelConfig
+
+Stage = Literal["stage1", "stage2", "vqa"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+STAGE_FOLDERS = {"stage1": "work/stage1", "stage2": "work/stage2", "vqa": "checkpoint"}
+STAGE_STORIES = {
+    "stage1": "learning representations by contrast, matching and generation",
+    "stage2": "learning to speak through the frozen language model",
+    "vqa": "fine-tuning on questions",
+}
+TRAINS = ("trainer", "runtime")
+FACE = ("qforge", *TRAINS)
+EXPORTS = ("export", "trainer", "runtime")
+MEASURES = ("benchmarks", "export", "trainer", "runtime")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run whose steps are all up to date."""
+
+    out: Path
+    steps: list[Done]
+
+
+def run(recipe: Recipe, out: Path, *, until: str | None = None, say: Callable[[str], None] | None = None) -> Finished:
+    """Bring every step of the recipe up to date in `out`, or those up to and with `until`; `say` gets the lines."""
+    table = steps_of(recipe, out)
+    if until is not None:
+        table = table[: [step.name for step in table].index(until) + 1]
+    with folder_lock(out):
+        write_text_atomic(out / "recipe.yaml", recipe.to_yaml())
+        return Finished(out, run_steps(table, out, say or _to_stderr))
+
+
+def steps_of(recipe: Recipe, out: Path) -> list[Step]:
+    """The whole run: name, story, folder, action, and what decides the result."""
+    reads = partial(_settings, recipe)
+    model, halves = recipe.model, list[Step]()
+    if model.demo_halves.rebuild:
+        build = partial(actions.build_halves, recipe)
+        story, settings = "pre-training the small frozen halves", reads("model.demo_halves", "model.vqa_prompt")
+        halves = [Step("halves", story, "work/halves", build, settings, code=TRAINS)]
+        model = _with_halves(model, out / "work/halves")
+
+    def training(stage: Stage) -> Step:
+        earlier = STAGES[: STAGES.index(stage)][-1:]
+        init = out / STAGE_FOLDERS[earlier[0]] if earlier else None
+        return Step(
+            name=stage,
+            does=STAGE_STORIES[stage],
+            output=STAGE_FOLDERS[stage],
+            action=partial(actions.train_stage, stage, recipe, model, out, init),
+            settings=reads("seed", "model", "data", stage),
+            files=partial(actions.fingerprint_sources, recipe.model),
+            after=("data", *(step.name for step in halves), *earlier),
+            code=TRAINS,
+            resumes=True,
+        )
+
+    def exporting(precision: str) -> Step:
+        return Step(
+            name=f"export-{precision}",
+            does=f"tracing the graphs in {precision} and verifying them against PyTorch",
+            output=f"bundle-{precision}",
+            action=partial(actions.export_bundle, recipe, precision, out),
+            settings=reads("data", "export", without="precisions"),
+            after=("data", "vqa"),
+            code=EXPORTS,
+        )
+
+    exports = [exporting(precision) for precision in recipe.export.precisions]
+    bundles, exported = [out / step.output for step in exports], tuple(step.name for step in exports)
+    return [
+        Step(
+            name="data",
+            does="drawing the demo world" if recipe.data.root is None else f"looking through {recipe.data.root}",
+            output="data",
+            action=partial(actions.prepare_data, recipe, out),
+            settings=reads("data"),
+            files=partial(actions.fingerprint_data, recipe, out),
+            code=FACE,
+        ),
+        *halves,
+        *(training(stage) for stage in STAGES),
+        Step(
+            name="evaluate",
+            does="scoring the checkpoint on the test split",
+            output="work/evaluation",
+            action=partial(actions.evaluate_checkpoint, recipe, out),
+            settings=reads("data", "bench.scoring_batch"),
+            after=("data", "vqa"),
+            code=FACE,
+        ),
+        *exports,
+        Step(
+            name="verify",
+            does="replaying the recorded PyTorch outputs on this machine",
+            output="work/verification",
+            action=partial(actions.verify_bundles, bundles),
+            after=exported,
+            code=FACE,
+        ),
+        Step(
+            name="bench",
+            does="measuring the bundles against eager PyTorch",
+            output="work/bench",
+            action=partial(actions.bench, recipe, bundles, out),
+            settings=reads("data", "bench"),
+            after=("data", "vqa", *exported),
+            code=MEASURES,
+        ),
+        Step(
+            name="report",
+            does="writing the report",
+            output="report",
+            action=partial(actions.write_report, bundles, out),
+            after=("evaluate", "verify", "bench"),
+            code=FACE,
+        ),
+    ]
+
+
+def _with_halves(model: ModelConfig, folder: Path) -> ModelConfig:
+    """Take the halves of this run wherever the recipe says `demo`."""
+    made = {"vision": "vision", "language": "language", "text_tokenizer": "text"}
+    update = {key: str((folder / half).resolve()) for key, half in made.items() if getattr(model, key) == DEMO}
+    return model.model_copy(update=update)
+
+
+def _settings(recipe: Recipe, *dotted_keys: str, without: str = "") -> dict[str, Any]:
+    """The named parts of the recipe, JSON-able; `without` leaves out a key that does not touch the result."""
+    found: dict[str, Any] = {}
+    for dotted in dotted_keys:
+        value: Any = recipe.model_dump(mode="json")
+        for key in dotted.split("."):
+            value = value[key]
+        found[dotted] = {k: v for k, v in value.items() if k != without} if isinstance(value, dict) else value
+    return found
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

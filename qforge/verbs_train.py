@@ -1,0 +1,54 @@
+"""The verbs that make things from a recipe: run, train, data check, data demo."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from qforge.actions import failures_of
+from qforge.console import Outcome, must_be_ours
+from qforge.evaluation import reporting
+from qforge.recipe import load_recipe, parse_recipe
+from qforge.run import STAGE_FOLDERS, Finished, Stage
+from qforge.run import run as run_recipe
+from runtime.dataset import check_manifest
+from runtime.progress import Progress
+
+
+def run(recipe: Path, out: Path, overrides: Sequence[str]) -> Outcome:
+    """Every step of the recipe; exit 1 when a bundle does not hold its gates (the report is written all the same)."""
+    finished = run_recipe(load_recipe(recipe, overrides), out)
+    report, failures = out / "report" / "report.md", failures_of(out)
+    data = _as_data(finished) | {"report": str(report), "failures": failures}
+    return Outcome(data, "\n".join([*failures, f"Report: {report}"]), 1 if failures else 0)
+
+
+def train(recipe: Path, out: Path, stage: Stage, overrides: Sequence[str]) -> Outcome:
+    """The steps up to and with `stage`."""
+    finished = run_recipe(load_recipe(recipe, overrides), out, until=stage)
+    checkpoint = out / STAGE_FOLDERS[stage]
+    return Outcome(_as_data(finished) | {"checkpoint": str(checkpoint)}, f"Checkpoint: {checkpoint}")
+
+
+def data_check(manifest: Path) -> Outcome:
+    """Counts and problems of one manifest."""
+    with reporting(f"checking {manifest.name}") as progress:
+        report = check_manifest(manifest, progress)
+    facts = report.as_json()
+    counts = [f"{name}: {facts[name]:,}" for name in ("rows", "images", "captions", "questions", "answers")]
+    modes = "image modes: " + (", ".join(f"{mode} {count:,}" for mode, count in report.modes.items()) or "none")
+    verdict = "No problems." if report.ok else f"{len(report.problems)} problems:"
+    return Outcome(facts, "\n".join([*counts, modes, verdict, *report.problems]), 0 if report.ok else 1)
+
+
+def data_demo(out: Path, overrides: Sequence[str]) -> Outcome:
+    """The demo world of a recipe that says nothing but the overrides."""
+    from trainer.demo_world import write_demo_world
+
+    must_be_ours(out, "captions_train.jsonl")
+    config = parse_recipe("", overrides, source="the default recipe").data.demo
+    write_demo_world(config, out, Progress())
+    return Outcome({"out": str(out), "settings": config.model_dump(mode="json")}, f"Demo world: {out}")
+
+
+def _as_data(finished: Finished) -> dict[str, object]:
+    return {"out": str(finished.out), "steps": [asdict(step) for step in finished.steps]}

@@ -1,0 +1,135 @@
+"""The verbs that answer with a bundle and look into it, on the tiny bundle of the runtime's tests."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import runtime
+from qforge.cli import app
+from tests.runtime.conftest import write_tiny_bundle
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verbs") / "bundle"
+    write_tiny_bundle(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / "red.png", tmp_path / "grey.jpg"]
+    Image.new("RGBA", (30, 20), (255, 0, 0, 128)).save(paths[0])
+    Image.new("L", (7, 9), 40).save(paths[1])
+    return paths
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of one command."""
+    capsys.readouterr()
+    code = app([str(argument) for argument in arguments], prog_name="qforge", standalone_mode=False)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def results(out: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(out.splitlines()[-1])["results"]
+    return found
+
+
+def test_caption_says_what_the_pipeline_says(
+    bundle: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with runtime.load(bundle) as pipeline:
+        expected = [answer.text for answer in pipeline.caption(pictures)]
+    code, out, _ = call(capsys, "caption", bundle, *pictures, "--json")
+    found = results(out)
+    assert code == 0
+    assert [set(one) for one in found] == 2 * [{"image", "question", "text", "token_ids", "timings_ms"}]
+    assert [(one["image"], one["question"], one["text"]) for one in found] == [
+        (str(path), None, text) for path, text in zip(pictures, expected, strict=True)
+    ]
+    _, out, _ = call(capsys, "caption", bundle, *pictures)
+    assert out.splitlines() == [f"{path}: {text}" for path, text in zip(pictures, expected, strict=True)]
+    _, out, _ = call(capsys, "caption", bundle, pictures[0])
+    assert out.rstrip("\n") == expected[0]
+
+
+def test_vqa_answers_every_question(bundle: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    questions = ["what colour?", "how many?"]
+    with runtime.load(bundle) as pipeline:
+        expected = [pipeline.vqa(pictures[0], question).text for question in questions]
+    code, out, _ = call(capsys, "vqa", bundle, pictures[0], *questions, "--json")
+    assert code == 0
+    assert [(one["question"], one["text"]) for one in results(out)] == list(zip(questions, expected, strict=True))
+
+
+def test_fewer_tokens_are_fewer_tokens(bundle: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = call(capsys, "caption", bundle, pictures[0], "--json", "--max-new-tokens", "1")
+    assert len(results(out)[0]["token_ids"]) <= 1
+
+
+def test_a_broken_image_is_one_sentence(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    code, out, err = call(capsys, "caption", bundle, tmp_path / "broken.png")
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert "broken.png" in err
+
+
+def test_a_changed_byte_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiny_bundle(tmp_path / "bundle")
+    graph = sorted((tmp_path / "bundle").rglob("*.onnx"))[0]
+    content = bytearray(graph.read_bytes())
+    content[-1] ^= 1
+    graph.write_bytes(content)
+    for verb in ("verify", "inspect"):
+        code, out, err = call(capsys, verb, tmp_path / "bundle")
+        assert (code, out) == (2, "")
+        assert graph.name in err
+        assert len(err.splitlines()) == 1
+
+
+def test_verify_counts_what_holds(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = call(capsys, "verify", bundle, "--json")
+    checks = json.loads(out.splitlines()[-1])
+    assert code == 0
+    assert checks["ok"]
+    assert {check["graph"].split("/")[0] for check in checks["checks"]} >= {"vision", "chain"}
+    monkeypatch.setattr("runtime.replay.relative_error", lambda found, expected: float("inf"))
+    code, out, _ = call(capsys, "verify", bundle)
+    assert code == 1
+    assert "FAILED vision" in out
+    code, out, _ = call(capsys, "verify", bundle, "--json")
+    assert code == 1
+    assert "Infinity" not in out
+    assert not json.loads(out)["ok"]
+
+
+def test_inspect_tells_what_a_bundle_is(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "inspect", bundle)
+    assert code == 0
+    assert "graph qformer: image_embeds, question_ids, question_mask -> prefix" in out
+    _, out, _ = call(capsys, "inspect", bundle, "--json")
+    assert json.loads(out)["manifest"]["format"] == 1
+
+
+def test_evaluate_scores_a_bundle(
+    bundle: Path, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with runtime.load(bundle) as pipeline:
+        text = pipeline.vqa(pictures[0], "what colour?").text
+    rows = [
+        {"image": path.name, "question": "what colour?", "answers": [answer]}
+        for path, answer in ((pictures[0], text), (pictures[1], "nothing the bundle would say"))
+    ]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, out, _ = call(capsys, "evaluate", bundle, "--data", tmp_path / "set.jsonl", "--task", "vqa", "--json")
+    found = json.loads(out.splitlines()[-1])
+    assert code == 0
+    assert (found["metrics"], found["n"]) == ({"accuracy": 0.5}, 2)
