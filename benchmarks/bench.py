@@ -23,7 +23,7 @@ from benchmarks.fresh_process import run_fresh
 from benchmarks.gate import check
 from benchmarks.items import Task, Tasks, answer_lines, fitting
 from benchmarks.latency import batches_of, time_tasks
-from benchmarks.machine import describe_machine
+from benchmarks.machine import cpu_seconds, describe_machine
 from benchmarks.picture import draw_answers, draw_latency
 from benchmarks.report import render
 from benchmarks.results import json_lines, json_text
@@ -35,6 +35,7 @@ from runtime.errors import CheckFailed, DataError
 from runtime.files import atomic_folder
 from runtime.progress import Progress
 
+RESULT = "result.json"
 FORMAT = 1
 """Of result.json."""
 
@@ -59,50 +60,57 @@ def bench(
         caption_rows: Test rows with captions; none leaves the task out.
         vqa_rows: Test questions; none leaves the task out.
         prior_rows: Training questions that the best question-only answerer learns from; none leaves it out.
-        out: Folder of the results; replaced when it is there.
+        out: Folder of the results; an older one is replaced.
         progress: Where bars are shown.
 
     Raises:
         CheckFailed: the files are written, and a bundle does not hold what `benchmarks.gate` asks.
-        InputError: no bundle, or a batch size beyond a bundle's limit.
+        InputError: no bundle, a batch size beyond a bundle's limit, or `out` holds other files.
         DataError: no test row for either task.
         BundleError, CheckpointError, MissingFile, ImageError: what was given cannot be used.
     """
-    started_s, machine = time.monotonic(), describe_machine()  # first, so that the load seen is not our own
-    threads = physical_cores() if config.threads is None else config.threads
-    tasks = _tasks(caption_rows, vqa_rows, config)
-    hashes = image_hashes([row for rows in tasks.values() for row in rows])
-    with torch_threads(threads):
-        contestants = contestants_of(bundles, checkpoint, threads)
-        limit = common_token_limit(contestants, config)
-        fresh = start_fresh(contestants, tasks, config, threads, limit, progress)
-        timed = time_tasks(contestants, tasks, config, limit, progress)
-        answered = partial(
-            answer_tasks, contestants, batch_size=config.scoring_batch, max_new_tokens=limit, progress=progress
+    with atomic_folder(out, replaces=RESULT) as folder:  # first, so that a wrong `out` is refused before the work
+        machine = describe_machine()  # first, so that the load seen is not our own
+        started_s, used_s = time.monotonic(), cpu_seconds()
+        threads = physical_cores() if config.threads is None else config.threads
+        tasks = _tasks(caption_rows, vqa_rows, config)
+        hashes = image_hashes([row for rows in tasks.values() for row in rows])
+        with torch_threads(threads):
+            contestants = contestants_of(bundles, checkpoint, threads)
+            limit = common_token_limit(contestants, config)
+            fresh = start_fresh(contestants, tasks, config, threads, limit, progress)
+            timed = time_tasks(contestants, tasks, config, limit, progress)
+            answered = partial(
+                answer_tasks, contestants, batch_size=config.scoring_batch, max_new_tokens=limit, progress=progress
+            )
+            scored = answered(tasks, remark="")
+            swapped = answered(swap_images(tasks, hashes, config.seed), remark=", images swapped")
+        seconds = time.monotonic() - started_s
+        by_all_s, by_us_s = (now - then for now, then in zip(cpu_seconds(), used_s, strict=True))
+        result: dict[str, Any] = {
+            "format": FORMAT,
+            "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": seconds,
+            "machine": {**machine, "cores_used_by_others": max(0.0, (by_all_s - by_us_s) / seconds)},
+            "settings": {**config.model_dump(mode="json"), "threads": threads, "max_new_tokens": limit},
+            "data": {
+                task: {
+                    "rows": len(rows),
+                    "images": len({row.image for row in rows}),
+                    "sha256": rows_digest(rows, hashes),
+                }
+                for task, rows in tasks.items()
+            },
+            "pipelines": {one.name: {"kind": one.kind, **one.facts} for one in contestants},
+            "accuracy": compare_answers(tasks, scored, swapped, prior_rows, config.seed),
+            "latency": timed,
+            "fresh_processes": fresh,
+        }
+        result["failures"] = check(result, config.max_drop)
+        lines = chain.from_iterable(
+            answer_lines(task, rows, scored[task], swapped.get(task, {})) for task, rows in tasks.items()
         )
-        scored = answered(tasks, remark="")
-        swapped = answered(swap_images(tasks, hashes, config.seed), remark=", images swapped")
-    result: dict[str, Any] = {
-        "format": FORMAT,
-        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine,
-        "settings": {**config.model_dump(mode="json"), "threads": threads, "max_new_tokens": limit},
-        "data": {
-            task: {"rows": len(rows), "images": len({row.image for row in rows}), "sha256": rows_digest(rows, hashes)}
-            for task, rows in tasks.items()
-        },
-        "pipelines": {one.name: {"kind": one.kind, **one.facts} for one in contestants},
-        "accuracy": compare_answers(tasks, scored, swapped, prior_rows, config.seed),
-        "latency": timed,
-        "fresh_processes": fresh,
-    }
-    result["failures"] = check(result, config.max_drop)
-    result["seconds"] = time.monotonic() - started_s
-    lines = chain.from_iterable(
-        answer_lines(task, rows, scored[task], swapped.get(task, {})) for task, rows in tasks.items()
-    )
-    with atomic_folder(out) as folder:
-        (folder / "result.json").write_text(json_text(result), encoding="utf-8")
+        (folder / RESULT).write_text(json_text(result), encoding="utf-8")
         (folder / "answers.jsonl").write_text(json_lines(list(lines)), encoding="utf-8")
         draw_answers(tasks, scored, config.picture_items, folder / "answers.png")
         draw_latency(result, folder / "latency.png")

@@ -3,6 +3,10 @@
 What disturbs a machine (clock changes, neighbours) then hits all pipelines alike, and each call has its partner: the
 ratio to eager is taken over pairs. Nothing is averaged away: every sample is kept.
 
+Before each timed call the same pipeline answers another request, untimed. Without it whoever follows PyTorch pays for
+cold processor caches and for OpenMP threads that still spin: a bundle that takes 7 ms took 8 to 15, and a pause did not
+help (2 cores).
+
 Phases: preprocess (file to pixels), vision, qformer (with projection), prefill (first token), decode (all further
 tokens), per_token (decode / further tokens), total (around the whole call, by one clock for all).
 """
@@ -27,10 +31,6 @@ from runtime.stopwatch import PHASES
 
 TOTAL = "total"
 PER_TOKEN = "per_token"
-
-SETTLE_S = 0.01
-"""Pause before each timed call: the OpenMP threads of PyTorch spin for some milliseconds after their last work, and
-would take the cores from whoever comes next."""
 
 
 @dataclass
@@ -108,7 +108,7 @@ def measure(
     for number, requests in enumerate(batches):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            time.sleep(SETTLE_S)
+            pipelines[name].answer(batches[number - 1], max_new_tokens=max_new_tokens)
             start_s = time.perf_counter()
             answers = pipelines[name].answer(requests, max_new_tokens=max_new_tokens)
             samples[name].add(answers, (time.perf_counter() - start_s) * 1e3, max_new_tokens)

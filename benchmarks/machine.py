@@ -25,6 +25,7 @@ FLAGS_ARM = ("asimd", "asimddp", "fphp", "i8mm", "bf16", "sve", "sve2")
 
 CPUINFO = Path("/proc/cpuinfo")
 MEMINFO = Path("/proc/meminfo")
+STAT = Path("/proc/stat")
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
@@ -46,6 +47,18 @@ def describe_machine() -> dict[str, Any]:
         "gpus": _gpus(),
         "load_average_1min": os.getloadavg()[0],
     }
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """Processor time used since the start: (by everybody on this machine, by this process and its ended children).
+
+    What others took between two readings tells whether a latency was measured in peace. PyTorch's threads wait for
+    each other by spinning, so one busy neighbour can make it ten times slower.
+    """
+    user, nice, system, _, _, irq, softirq, steal = (int(word) for word in STAT.read_text().split()[1:9])
+    own = os.times()
+    by_all = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return by_all, own.user + own.system + own.children_user + own.children_system
 
 
 def _text(path: Path) -> str:

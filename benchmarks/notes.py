@@ -5,8 +5,8 @@ from typing import Any
 
 from benchmarks.items import PLURAL
 
-BUSY = 0.3
-"""Load per usable core at the start above which latencies are doubtful: someone else is at work."""
+BUSY = 0.1
+"""Share of the usable cores that others may use before the report calls the latencies doubtful."""
 
 NOISY = 0.5
 """Share by which p90 may exceed p50 before the report says that the machine was restless."""
@@ -23,8 +23,8 @@ def notes(result: Mapping[str, Any]) -> Iterator[str]:
     )
     yield (
         "Time / eager is the ratio of median total times of the same calls, in brackets its 95 % bootstrap interval; "
-        "below 1 the bundle is faster. Calls alternate between the pipelines and the first one rotates. Preprocessing "
-        "includes reading the file."
+        "below 1 the bundle is faster. Calls alternate between the pipelines and the first one rotates; before each "
+        "timed call the same pipeline answers another request. Preprocessing includes reading the file."
     )
     yield from _slower(result)
     if any(case["cache"] == "hit" for case in result["latency"]):
@@ -55,12 +55,14 @@ def notes(result: Mapping[str, Any]) -> Iterator[str]:
 
 def _about_the_machine(result: Mapping[str, Any]) -> Iterator[str]:
     machine = result["machine"]
-    load, cores = machine["load_average_1min"], machine["physical_cores_usable"]
-    features = ", ".join(machine["cpu_features"]) or "none of those looked for"
-    yield f"Processor features that matter here: {features}."
-    busy = f"Load average at the start: {load:.2f} on {cores} usable cores."
-    if load > BUSY * cores:
-        busy += " **Others were using this machine: take the latencies with care.**"
+    cores, others = machine["physical_cores_usable"], machine["cores_used_by_others"]
+    yield f"Processor features that matter here: {', '.join(machine['cpu_features']) or 'none of those looked for'}."
+    busy = (
+        f"Other programs used {others:.2f} of {cores} cores on average during the run (load average at the start "
+        f"{machine['load_average_1min']:.2f})."
+    )
+    if others > BUSY * cores:
+        busy += " **Take the latencies with care: PyTorch suffers more from neighbours than the engines do.**"
     yield busy
     restless = [
         f"{name} on {PLURAL[case['task']]}, batch {case['batch']}"

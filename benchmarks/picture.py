@@ -4,6 +4,7 @@ The images are evenly spaced over the test set, not chosen by result.
 """
 
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def draw_answers(tasks: Tasks, scored: Mapping[Task, Mapping[str, Scored]], coun
         for spine in picture.spines.values():
             spine.set_color("#d5d9e2")
         _write_lines(figure.add_subplot(grid[place[0], place[1] + 1]), lines, heights[place[0]])
-    figure.savefig(path, dpi=DPI, facecolor="white")
+    _save(figure, path)
 
 
 def draw_latency(result: Mapping[str, Any], path: Path) -> None:
@@ -77,7 +78,13 @@ def draw_latency(result: Mapping[str, Any], path: Path) -> None:
     handles = [axes[0].barh(0, 0, color=colour) for colour in PHASE_COLOURS.values()]
     figure.legend(handles, list(PHASE_COLOURS), loc="lower center", ncols=len(PHASES), frameon=False, fontsize=8.5)
     figure.tight_layout(rect=(0, 0.09, 1, 1))
-    figure.savefig(path, dpi=DPI, facecolor="white")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # letters the font lacks become boxes
+        figure.savefig(path, dpi=DPI, facecolor="white")
 
 
 def _new_figure(width_in: float, height_in: float) -> Any:
@@ -119,7 +126,8 @@ def _marked(text: str, score: float, metric: str) -> tuple[str, str]:
 
 
 def _wrapped(label: str, text: str, colour: str) -> list[Line]:
-    first, *others = textwrap.wrap(text, WRAP) or [""]
+    shown = "".join(letter if letter.isprintable() else " " for letter in text)
+    first, *others = textwrap.wrap(shown, WRAP) or [""]
     return [(label, first, colour), *(("", other, colour) for other in others)]
 
 
@@ -132,7 +140,9 @@ def _write_lines(axis: Any, lines: Sequence[Line], height_in: float) -> None:
         title = not label and colour == INK
         axis.text(0.02, y, label, fontsize=8, color=FAINT, va="center")
         weight = "bold" if title else "normal"
-        axis.text(0.02 if title else 0.25, y, text, fontsize=8.8, color=colour, va="center", weight=weight)
+        place = 0.02 if title else 0.25
+        # A dollar sign in an answer is a dollar sign, not the start of a formula.
+        axis.text(place, y, text, fontsize=8.8, color=colour, va="center", weight=weight, parse_math=False)
 
 
 def _bars(result: Mapping[str, Any], task: str, batch: int) -> list[tuple[str, dict[str, float], float]]:

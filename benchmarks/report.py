@@ -51,7 +51,7 @@ def render(result: Mapping[str, Any]) -> str:
         [
             "# Bundle against eager PyTorch",
             "",
-            f"{counts}; the same items, {settings['threads']} CPU threads for each, one run of "
+            f"{counts}; the same items and CPU threads ({settings['threads']}) for all, one run of "
             f"{result['seconds']:.0f} s, {result['made_at']}.",
             "",
             f"Machine: {machine['cpu']}, {machine['physical_cores_usable']} cores usable, "

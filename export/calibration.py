@@ -6,7 +6,7 @@ Random input never occurs here: a quantised graph that is judged, or calibrated,
 Shape letters: B batch, N image tokens, E image width, T question tokens
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +75,9 @@ def draw(
     return drawn
 
 
-def calibration_feeds(model: Blip2, graphs: dict[str, Graph], requests: Sequence[Request]) -> dict[str, list[Arrays]]:
+def calibration_feeds(
+    model: Blip2, graphs: Mapping[str, Graph], requests: Sequence[Request]
+) -> dict[str, list[Arrays]]:
     """What `vision` and `qformer` meet when these requests are answered, one row a time, by graph.
 
     The Q-Former sees its images as eager PyTorch encodes them, with questions and without.

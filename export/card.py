@@ -77,7 +77,10 @@ def _some(names: Mapping[str, object]) -> str:
 
 def _parities(verdict: Verdict) -> str:
     """The worst output of each graph and case."""
-    lines = ["| graph | case | precision | worst output | error | allowed | cosine | needed |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| graph | case | precision | worst output | error | allowed | cosine | needed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for graph, case in dict.fromkeys((parity.graph, parity.case) for parity in verdict.parities):
         of_case = [parity for parity in verdict.parities if (parity.graph, parity.case) == (graph, case)]
         worst = max(of_case, key=lambda parity: parity.max_error)

@@ -47,5 +47,5 @@ class ExportConfig(Settings):
     @model_validator(mode="after")
     def _reference_fits_a_batch(self) -> "ExportConfig":
         if self.reference_items > self.max_batch:
-            raise ValueError(f"reference_items {self.reference_items} are replayed as one batch, max_batch is {self.max_batch}")
+            raise ValueError(f"reference_items {self.reference_items} exceeds max_batch {self.max_batch}; lower it")
         return self

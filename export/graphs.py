@@ -24,7 +24,7 @@ from trainer.blip2 import Blip2
 
 Arrays = dict[str, npt.NDArray[Any]]
 BATCH, PAST, NEW, TOKENS = 2, 5, 3, 7
-"""Sizes of the traced example: at least 2 and all different, because the exporter freezes 0 and 1 and may merge equals."""
+"""Sizes of the traced example: at least 2 and all different, because the exporter freezes 0 and 1 and merges equals."""
 
 
 Axes = dict[int, str]
@@ -114,7 +114,7 @@ class LanguageGraph(nn.Module):
             )
 
     def forward(self, embeds_BSD: Tensor, mask_BL: Tensor, *past_BhPd: Tensor) -> tuple[Tensor, ...]:
-        """Logits after the last position [B, V], then present keys and values [B, h, P + S, d]; the mask has L = P + S."""
+        """Logits after the last position [B, V], then present keys and values [B, h, L, d]; L = P + S."""
         cache = DynamicCache(config=self.language_model.config)
         for layer, (keys, values) in enumerate(zip(past_BhPd[::2], past_BhPd[1::2], strict=True)):
             cache.update(keys, values, layer)

@@ -1,38 +1,34 @@
 """The story of an export: one checkpoint becomes a bundle that runs without us, or nothing appears at all.
 
-    qforge export runs/demo/checkpoint --out bundle --precision int8 --calibration vqa_train.jsonl
+qforge export runs/demo/checkpoint --out bundle --precision int8 --calibration vqa_train.jsonl
 """
 
-import hashlib
-import importlib.metadata
-import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
-from export import quantize
+from export import facts, quantize
 from export.calibration import calibration_feeds, draw
 from export.card import card
 from export.config import ExportConfig, Precision
+from export.facts import precision_of
 from export.graphs import Graph, graphs_of
 from export.trace import ONNX_FOLDER, describe, trace
-from export.verify import verify
+from export.verify import judge_graphs, verify
 from runtime.answers import Request
-from runtime.bundle import MANIFEST, Bundle, GraphFiles, read_bundle, write_manifest
+from runtime.bundle import MANIFEST, Bundle, read_bundle, write_manifest
 from runtime.errors import CheckFailed, InputError
-from runtime.files import atomic_folder, sha256_of, write_json_atomic
-from runtime.manifest import Generation, Limits, Manifest, ModelFacts, Prompts
+from runtime.files import atomic_folder, write_json_atomic
+from runtime.manifest import Prompts
 from runtime.pipeline import QFORMER_TOKENIZER, TOKENIZER
 from runtime.progress import Progress
 from runtime.reference import REFERENCE, write_reference
 from trainer.blip2 import Blip2
-from trainer.checkpoint import WEIGHTS, load_checkpoint, read_config
-
-LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "nncf")
+from trainer.checkpoint import load_checkpoint, read_config
 
 
 def export_bundle(
@@ -69,8 +65,8 @@ def export_bundle(
     model = load_checkpoint(checkpoint)
     graphs = graphs_of(model)
     require_finite(graphs)
-    limits = _limits(model, config)
-    made_by = _made_by(checkpoint)
+    limits = facts.limits(model, config)
+    made_by = facts.made_by(checkpoint)
     drawn = draw(
         model,
         calibration,
@@ -80,28 +76,37 @@ def export_bundle(
         progress=progress,
     )
     with atomic_folder(out, replaces=MANIFEST) as folder:
-        _write_fp32_graphs(graphs, folder, _reusable(reuse, made_by), progress)
-        _write_precision(model, graphs, folder, precision, config.language_precision, drawn.calibration, progress)
         _write_tokenizers(model, folder)
         (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
-        facts: dict[str, Any] = {
-            "model": _facts(model),
-            "precision": precision,
-            "language_precision": config.language_precision,
-            "limits": limits,
-            "preprocess": model.preprocess,
-            "prompts": Prompts(caption=model.config.caption_prompt, vqa=model.config.vqa_prompt),
-            "generation": _generation(model),
-            "graphs": {name: describe(_graph_file(folder, name)) for name in graphs},
-            "made_by": made_by,
-        }
-        manifest = write_manifest(folder, **facts)  # what is verified is a real bundle, opened as a user opens it
-        verdict = verify(Bundle(folder, manifest), model, graphs, drawn.verification, config, progress)
+
+        def state(precision: Precision, language_precision: Precision) -> Bundle:
+            """The folder as a real bundle, which is what gets verified."""
+            manifest = write_manifest(
+                folder,
+                model=facts.model_facts(model),
+                precision=precision,
+                language_precision=language_precision,
+                limits=limits,
+                preprocess=model.preprocess,
+                prompts=Prompts(caption=model.config.caption_prompt, vqa=model.config.vqa_prompt),
+                generation=facts.generation(model),
+                graphs={name: describe(_graph_file(folder, name)) for name in graphs},
+                made_by=made_by,
+            )
+            return Bundle(folder, manifest)
+
+        traced = _write_fp32_graphs(graphs, folder, _reusable(reuse, made_by), progress)
+        if traced and "int8" in (precision, config.language_precision):  # a wrong trace must not pass as INT8 noise
+            judge_graphs(state("fp32", "fp32"), model, graphs, drawn.verification, config, progress)
+        _write_precision(model, graphs, folder, precision, config.language_precision, drawn.calibration, progress)
+        bundle = state(precision, config.language_precision)
+        verdict = verify(bundle, model, graphs, drawn.verification, config, progress)
         write_reference(folder / REFERENCE, verdict.cases, verdict.chain)
-        images = {"calibration_images": len(_images(drawn.calibration)), "seed": config.seed}
-        write_json_atomic(folder / "parity.json", verdict.as_json() | images)
-        (folder / "README.md").write_text(card(manifest, verdict, read_config(checkpoint).stage), encoding="utf-8")
-        write_manifest(folder, **facts)
+        drawn_by = {"calibration_images": len({r.image for r in drawn.calibration}), "seed": config.seed}
+        write_json_atomic(folder / "parity.json", verdict.as_json() | drawn_by)
+        text = card(bundle.manifest, verdict, read_config(checkpoint).stage)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        state(precision, config.language_precision)
     return out
 
 
@@ -111,22 +116,26 @@ def require_finite(graphs: Mapping[str, Graph]) -> None:
         for name, tensor in graph.module.state_dict().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise CheckFailed(
-                    f"graph '{graph.name}': tensor '{name}' holds NaN or infinity; the checkpoint is damaged, train again"
+                    f"graph '{graph.name}': tensor '{name}' holds NaN or infinity; the checkpoint is damaged"
                 )
 
 
-def _write_fp32_graphs(graphs: Mapping[str, Graph], folder: Path, known: Bundle | None, progress: Progress) -> None:
+def _write_fp32_graphs(graphs: Mapping[str, Graph], folder: Path, known: Bundle | None, progress: Progress) -> int:
+    """Copy the graphs that `known` has in fp32, trace the others; returns how many were traced."""
+    (folder / ONNX_FOLDER).mkdir()
+    traced = 0
     with progress.bar("tracing", len(graphs)) as bar:
         for name, graph in graphs.items():
-            if known is not None and _is_fp32(known.manifest, name):
+            if known is not None and precision_of(known.manifest, name) == "fp32":
                 entry = known.manifest.graphs[name]
-                (folder / ONNX_FOLDER).mkdir(exist_ok=True)
                 for file in (entry, entry.data):
                     if file is not None:
                         shutil.copyfile(known.file(file.file), folder / file.file)
             else:
                 trace(graph, folder)
+                traced += 1
             bar.advance()
+    return traced
 
 
 def _write_precision(
@@ -139,14 +148,17 @@ def _write_precision(
     progress: Progress,
 ) -> None:
     """Put the numeric types into the graphs, in place."""
-    feeds = calibration_feeds(model, graphs, requests) if precision == "int8" else {}
-    with progress.bar("quantising", len(feeds) + (language_precision == "int8")) as bar:
-        for name, of_graph in feeds.items():
-            quantize.quantize_activations(_graph_file(folder, name), of_graph)
-            bar.advance()
-        if language_precision == "int8":
-            quantize.quantize_weights(_graph_file(folder, "language"))
-            bar.advance()
+    jobs: list[Callable[[], None]] = []
+    if precision == "int8":
+        for name, feeds in calibration_feeds(model, graphs, requests).items():
+            jobs.append(partial(quantize.quantize_activations, _graph_file(folder, name), feeds))
+    if language_precision == "int8":
+        jobs.append(partial(quantize.quantize_weights, _graph_file(folder, "language")))
+    if jobs:
+        with progress.bar("quantising", len(jobs)) as bar:
+            for job in jobs:
+                job()
+                bar.advance()
 
 
 def _write_tokenizers(model: Blip2, folder: Path) -> None:
@@ -174,60 +186,5 @@ def _reusable(reuse: Path | None, made_by: Mapping[str, str]) -> Bundle | None:
     return bundle
 
 
-def _is_fp32(manifest: Manifest, graph: str) -> bool:
-    precision = {"language": manifest.language_precision, "embed": "fp32"}.get(graph, manifest.precision)
-    return precision == "fp32"
-
-
-def _limits(model: Blip2, config: ExportConfig) -> Limits:
-    trained = getattr(model.language_model.config, "max_position_embeddings", None)
-    positions = config.max_positions or trained
-    if positions is None:
-        raise InputError("export.max_positions: this language model states no limit of its own; set one")
-    if trained is not None and positions > trained:
-        raise InputError(f"export.max_positions: expected at most {trained} (the language model's), found {positions}")
-    queries, wanted = model.config.qformer.queries, model.config.max_new_tokens
-    if queries + wanted > positions:
-        raise InputError(
-            f"export.max_positions: {queries} queries and {wanted} new tokens need more than {positions} positions; "
-            f"raise it or lower model.max_new_tokens"
-        )
-    return Limits(
-        max_batch=config.max_batch,
-        max_positions=positions,
-        max_question_tokens=model.config.qformer.max_text_tokens if model.question_conditioned else 0,
-        max_new_tokens=positions - queries,
-    )
-
-
-def _facts(model: Blip2) -> ModelFacts:
-    return ModelFacts(
-        style="decoder-only",
-        queries=model.config.qformer.queries,
-        qformer_width=model.config.qformer.width,
-        language_width=model.language_model.get_input_embeddings().embedding_dim,
-        question_conditioned=model.question_conditioned,
-    )
-
-
-def _generation(model: Blip2) -> Generation:
-    return Generation(
-        eos_token_ids=(model.end_token_id,),
-        pad_token_id=model.tokenizer.pad_token_id,
-        max_new_tokens=model.config.max_new_tokens,
-    )
-
-
-def _made_by(checkpoint: Path) -> dict[str, str]:
-    """Versions, and the checkpoint's SHA-256 (its configuration, which holds the frozen halves' hashes, and weights)."""
-    parts = "".join(sha256_of(checkpoint / name) for name in ("config.json", WEIGHTS))
-    versions = {name: importlib.metadata.version(name) for name in ("qforge", *LIBRARIES)}
-    return versions | {"python": platform.python_version(), "checkpoint": hashlib.sha256(parts.encode()).hexdigest()}
-
-
 def _graph_file(folder: Path, name: str) -> Path:
     return folder / ONNX_FOLDER / f"{name}.onnx"
-
-
-def _images(requests: Sequence[Request]) -> set[object]:
-    return {request.image for request in requests}

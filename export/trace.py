@@ -44,7 +44,7 @@ def trace(graph: Graph, folder: Path) -> Path:
     with quiet(), torch.no_grad():
         program = torch.onnx.export(
             _Flat(graph.module).eval(),
-            tuple(plan.example for plan in graph.inputs.values()),
+            tuple(plan.example.clone() for plan in graph.inputs.values()),  # one tensor twice would become one input
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
             dynamic_shapes=(tuple(dict.fromkeys(plan.varying, varying) for plan in graph.inputs.values()),),
@@ -56,7 +56,8 @@ def trace(graph: Graph, folder: Path) -> Path:
         raise CheckFailed(f"graph '{graph.name}': torch {torch.__version__} traced nothing; report this model")
     _name_axes(program, graph)
     _forget_origin(program.model)
-    weights_bytes = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
+    constants = (value.const_value for value in program.model.graph.initializers.values())
+    weights_bytes = sum(int(constant.nbytes) for constant in constants if constant is not None)
     program.save(file, external_data=weights_bytes > LARGEST_SINGLE_FILE_BYTES)
     check(file)
     return file

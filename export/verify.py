@@ -14,6 +14,7 @@ from typing import Any
 
 from export.calibration import question_ids
 from export.config import ExportConfig, Precision, Tolerance
+from export.facts import precision_of
 from export.graphs import Graph
 from export.judge import Judge, Parity
 from runtime.answers import Request
@@ -22,7 +23,6 @@ from runtime.bundle import Bundle
 from runtime.decoder import Decoder
 from runtime.errors import CheckFailed
 from runtime.image_encoder import ImageEncoder
-from runtime.manifest import Manifest
 from runtime.pipeline import TOKENIZER, Pipeline
 from runtime.preprocess import preprocess_batch
 from runtime.progress import Progress
@@ -40,6 +40,7 @@ class Verdict:
     """A bundle that passed."""
 
     parities: tuple[Parity, ...]
+    images: int
     captions: int
     questions: int
     equal_answers: int
@@ -55,6 +56,7 @@ class Verdict:
         return {
             "graphs": [asdict(parity) for parity in self.parities],
             "greedy_answers": {
+                "images": self.images,
                 "captions": self.captions,
                 "questions": self.questions,
                 "equal": self.equal_answers,
@@ -62,6 +64,14 @@ class Verdict:
                 "allowed_share_differing": self.allowed_differing,
             },
         }
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Graphs that passed."""
+
+    parities: tuple[Parity, ...]
+    cases: tuple[GraphCase, ...]
 
 
 def verify(
@@ -72,49 +82,65 @@ def verify(
     config: ExportConfig,
     progress: Progress,
 ) -> Verdict:
-    """Compare everything on `requests`; the first `reference_items` of them are recorded.
+    """Compare every graph and every answer on `requests`; the first `reference_items` of them are recorded.
 
     Raises:
         CheckFailed: NaN or infinity anywhere, or a missed tolerance; names the graph and its worst output.
     """
-    tolerances: dict[Precision, Tolerance] = {"fp32": config.fp32, "int8": config.int8}
-    of_graph = {name: _precision_of(bundle.manifest, name) for name in graphs}
+    judged = judge_graphs(bundle, model, graphs, requests, config, progress)
+    exact = all(precision_of(bundle.manifest, name) == "fp32" for name in graphs)
+    allowed = (config.fp32 if exact else config.int8).differing_answers
     batches = _batches(requests, config.reference_items, config.max_batch)
-    encoded = [_tokens(bundle, model, batch) for batch in batches]
-    with ExitStack() as opened:
-        judges = {
-            name: Judge(graph, opened.enter_context(open_engine(bundle, name)), of_graph[name], tolerances[of_graph[name]])
-            for name, graph in graphs.items()
-        }
-        encoder = ImageEncoder(judges["vision"], judges["qformer"], QueryCache(0), bundle.manifest)
-        decoder = Decoder(judges["embed"], judges["language"], bundle.manifest.generation, bundle.manifest.limits)
-        with progress.bar("verifying graphs", len(batches), items_per_step=config.max_batch) as bar:
-            for batch, (prompts, questions) in zip(batches, encoded, strict=True):
-                pixels_BCHW = preprocess_batch([request.image for request in batch], model.preprocess)
-                prefix_BQD = encoder.encode(pixels_BCHW, questions, Stopwatch())
-                decoder.generate(prefix_BQD, prompts, model.config.max_new_tokens, Stopwatch())
-                bar.advance()
-    parities = tuple(parity for judge in judges.values() for parity in judge.parities.values())
-    _require_parity(parities)
-    answers = tolerances["fp32" if set(of_graph.values()) == {"fp32"} else "int8"].differing_answers
-    expected, equal = _compare_answers(bundle, model, batches, answers, progress)
-    (prompts, questions), recorded = encoded[0], batches[0]
+    expected, equal = _compare_answers(bundle, model, batches, allowed, progress)
+    prompts, questions = _tokens(bundle, model, batches[0])
     return Verdict(
-        parities=parities,
+        parities=judged.parities,
+        images=len({request.image for request in requests}),
         captions=sum(request.question is None for request in requests),
         questions=sum(request.question is not None for request in requests),
         equal_answers=equal,
-        allowed_differing=answers,
-        cases=tuple(case for judge in judges.values() for case in judge.cases.values()),
+        allowed_differing=allowed,
+        cases=judged.cases,
         chain=ChainCase(
-            pixels_BCHW=preprocess_batch([request.image for request in recorded], model.preprocess),
-            prompts=tuple(tuple(ids) for ids in prompts),
+            pixels_BCHW=preprocess_batch([request.image for request in batches[0]], model.preprocess),
+            prompts=tuple(prompts),
             questions=tuple(questions),
-            token_ids=tuple(expected[: len(recorded)]),
+            token_ids=tuple(expected[: len(batches[0])]),
             max_new_tokens=model.config.max_new_tokens,
-            tolerance=answers,
+            tolerance=allowed,
         ),
     )
+
+
+def judge_graphs(
+    bundle: Bundle,
+    model: Blip2,
+    graphs: Mapping[str, Graph],
+    requests: Sequence[Request],
+    config: ExportConfig,
+    progress: Progress,
+) -> Judged:
+    """Compare every graph with its module while the requests are answered; raises as `verify` does."""
+    tolerances: dict[Precision, Tolerance] = {"fp32": config.fp32, "int8": config.int8}
+    manifest, batches = bundle.manifest, _batches(requests, config.reference_items, config.max_batch)
+    with ExitStack() as opened:
+        judges = dict[str, Judge]()
+        for name, graph in graphs.items():
+            precision = precision_of(manifest, name)
+            judge = Judge(graph, open_engine(bundle, name), precision, tolerances[precision])
+            judges[name] = opened.enter_context(judge)
+        encoder = ImageEncoder(judges["vision"], judges["qformer"], QueryCache(0), manifest)
+        decoder = Decoder(judges["embed"], judges["language"], manifest.generation, manifest.limits)
+        with progress.bar("verifying graphs", len(batches), items_per_step=config.max_batch) as bar:
+            for batch in batches:
+                prompts, questions = _tokens(bundle, model, batch)
+                pixels_BCHW = preprocess_batch([request.image for request in batch], model.preprocess)
+                prefix_BQD = encoder.encode(pixels_BCHW, questions, Stopwatch())
+                decoder.generate(prefix_BQD, prompts, manifest.generation.max_new_tokens, Stopwatch())
+                bar.advance()
+    parities = tuple(parity for judge in judges.values() for parity in judge.parities.values())
+    _require_parity(parities)
+    return Judged(parities, tuple(case for judge in judges.values() for case in judge.cases.values()))
 
 
 def _require_parity(parities: Sequence[Parity]) -> None:
@@ -145,25 +171,25 @@ def _compare_answers(
     if len(different) > allowed * len(expected):
         request = [request for batch in batches for request in batch][different[0]]
         raise CheckFailed(
-            f"{len(different)} of {len(expected)} greedy answers differ from eager PyTorch ({allowed:.0%} may), the first "
-            f"for {request.image_name}, question {request.question!r}: expected tokens {list(expected[different[0]])}, "
-            f"found {list(found[different[0]])}; nothing was written"
+            f"{len(different)} of {len(expected)} greedy answers differ from eager PyTorch ({allowed:.0%} may), the "
+            f"first for {request.image_name}, question {request.question!r}: expected tokens "
+            f"{list(expected[different[0]])}, found {list(found[different[0]])}; nothing was written"
         )
     return expected, len(expected) - len(different)
 
 
 def _tokens(
     bundle: Bundle, model: Blip2, batch: Sequence[Request]
-) -> tuple[list[list[int]], list[tuple[int, ...] | None]]:
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...] | None]]:
     """Prompt ids and Q-Former question ids of a batch as the trainer makes them; the bundle's tokenizer must agree."""
-    own, prompts = TextTokenizer(bundle.file(TOKENIZER)), list[list[int]]()
+    own, prompts = TextTokenizer(bundle.file(TOKENIZER)), list[tuple[int, ...]]()
     for request in batch:
         config = model.config
         text = fill_prompt(config.caption_prompt if request.question is None else config.vqa_prompt, request.question)
         ids = list(model.tokenizer(text).input_ids)
         if (found := own.encode(text)) != ids:
             raise CheckFailed(f"{TOKENIZER} reads {text!r} as {found}, transformers as {ids}; nothing was written")
-        prompts.append(ids)
+        prompts.append(tuple(ids))
     return prompts, [question_ids(model, request) for request in batch]
 
 
@@ -171,8 +197,3 @@ def _batches(requests: Sequence[Request], first: int, largest: int) -> list[Sequ
     """The recorded requests, then the rest in batches as large as the bundle takes."""
     starts = range(first, len(requests), largest)
     return [requests[:first], *(requests[start : start + largest] for start in starts)]
-
-
-def _precision_of(manifest: Manifest, graph: str) -> Precision:
-    own: dict[str, Precision] = {"language": manifest.language_precision, "embed": "fp32"}
-    return own.get(graph, manifest.precision)

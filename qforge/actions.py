@@ -10,10 +10,10 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qforge.evaluation import evaluate_rows, open_answerer
 from qforge.recipe import Recipe
 from qforge.report import report_text
 from runtime.dataset import check_manifest, read_manifest
@@ -24,6 +24,7 @@ from runtime.progress import Progress
 from trainer.config import DEMO, DataConfig, ModelConfig
 
 if TYPE_CHECKING:
+    from trainer.data import FeatureStore
     from trainer.train import StageName
 
 MANIFESTS = ("captions_train", "captions_val", "captions_test", "vqa_train", "vqa_val", "vqa_test")
@@ -110,18 +111,17 @@ def train_stage(
         init=init,
         out=folder,
         recipe_yaml=recipe.to_yaml(),
+        store=_features(model.vision, model.vision_layer, out),
         progress=Progress(),
     )
 
 
-def evaluate_checkpoint(recipe: Recipe, out: Path, folder: Path) -> None:
-    """Scores of eager PyTorch on the whole test split."""
-    manifests, batch = manifests_of(recipe.data, out), recipe.bench.scoring_batch
-    captions, questions = read_manifest(manifests["captions_test"]), read_manifest(manifests["vqa_test"])
-    with open_answerer(out / "checkpoint", backend="ort", threads=None) as eager:
-        said = evaluate_rows(eager, captions, "caption", batch, "captions")
-        answered = evaluate_rows(eager, questions, "vqa", batch, "questions")
-    write_json_atomic(folder / "evaluation.json", {"caption": said.as_json(), "vqa": answered.as_json()})
+@lru_cache(maxsize=1)
+def _features(vision: str, layer: int, out: Path) -> "FeatureStore":
+    """One store for the stages of a run, so that an image passes its frozen tower once."""
+    from trainer.data import FeatureStore
+
+    return FeatureStore()
 
 
 def export_bundle(recipe: Recipe, precision: str, out: Path, folder: Path) -> None:
@@ -180,12 +180,10 @@ def bench(recipe: Recipe, bundles: Sequence[Path], out: Path, folder: Path) -> N
 
 
 def write_report(bundles: Sequence[Path], out: Path, folder: Path) -> None:
-    """The benchmark's files, with the test scores and the way on in front."""
+    """The benchmark's files, with the way on in front."""
     shutil.copytree(out / "work/bench", folder, dirs_exist_ok=True)
-    scores = json.loads((out / "work/evaluation/evaluation.json").read_text(encoding="utf-8"))
-    write_json_atomic(folder / "evaluation.json", scores)
     measured = (folder / "report.md").read_text(encoding="utf-8")
-    (folder / "report.md").write_text(report_text(scores, measured, bundles, out), encoding="utf-8")
+    (folder / "report.md").write_text(report_text(measured, bundles, out), encoding="utf-8")
 
 
 def failures_of(out: Path) -> list[str]:

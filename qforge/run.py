@@ -101,15 +101,6 @@ def steps_of(recipe: Recipe, out: Path) -> list[Step]:
         ),
         *halves,
         *(training(stage) for stage in STAGES),
-        Step(
-            name="evaluate",
-            does="scoring the checkpoint on the test split",
-            output="work/evaluation",
-            action=partial(actions.evaluate_checkpoint, recipe, out),
-            settings=reads("data", "bench.scoring_batch"),
-            after=("data", "vqa"),
-            code=FACE,
-        ),
         *exports,
         Step(
             name="verify",
@@ -133,7 +124,7 @@ def steps_of(recipe: Recipe, out: Path) -> list[Step]:
             does="writing the report",
             output="report",
             action=partial(actions.write_report, bundles, out),
-            after=("evaluate", "verify", "bench"),
+            after=("verify", "bench"),
             code=FACE,
         ),
     ]

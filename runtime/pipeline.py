@@ -127,11 +127,13 @@ class Pipeline:
         return self._tokenizer.encode(fill_prompt(template, request.question))
 
     def _question_ids(self, request: Request) -> list[int] | None:
-        """Ids for the Q-Former; None without a question, and where the Q-Former does not read it."""
+        """Ids for the Q-Former; None without a question, and where the Q-Former does not read it.
+
+        A question beyond the Q-Former's limit is cut and keeps its end token, as in training and as published (LAVIS
+        max_txt_len); the language model still reads the whole question.
+        """
         if request.question is None or self._qformer_tokenizer is None:
             return None
         ids = self._qformer_tokenizer.encode(normalise_question(request.question))
         limit = self.bundle.manifest.limits.max_question_tokens
-        if len(ids) > limit:
-            raise InputError(f"question: expected at most {limit} tokens, found {len(ids)}; ask a shorter question")
-        return ids
+        return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]

@@ -18,7 +18,7 @@ class TextTokenizer:
         except Exception as error:  # the library raises bare Exception for every cause
             raise BundleError(f"{path}: expected a tokenizer in Hugging Face format, found other data") from error
         self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()  # a text that is too long is an error at the limit, never silently cut
+        self._tokenizer.no_truncation()  # what is too long is the caller's decision
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text; `special` adds the model's own start and end tokens."""

@@ -84,55 +84,81 @@ def _share(image_id: str) -> float:
 
 
 # Shape letters: B rows, N image tokens, E image width
-class ImageFeatures:
-    """Frozen tower output of a list of rows: made once for as many images as fit in memory, else on the fly.
+class FeatureStore:
+    """Frozen tower output by image, made once for as many images as fit in memory; one store serves one tower.
 
-    Rows whose image cannot be read are replaced by the next readable row, so batches stay full; `broken` says
-    which, for the report at the end.
+    Stages of one process share a store, so an image passes the frozen tower once in a whole run.
     """
 
-    def __init__(self, vision: VisionTower, rows: Sequence[Row], progress: Progress) -> None:
-        self._vision = vision
-        self._rows = rows
-        self._device = next(vision.parameters()).device
+    def __init__(self) -> None:
+        self._features: dict[Path, Tensor] = {}
+        self._bytes = 0
         self.broken: dict[Path, str] = {}
-        paths = list(dict.fromkeys(row.image for row in rows))
-        self._position: dict[Path, int] = {}
-        self._cached = self._make(paths, progress)
+        """Images that cannot be read, and why."""
 
-    def _make(self, paths: list[Path], progress: Progress) -> Tensor:
-        chunks: list[Tensor] = []
-        stored_bytes = 0
-        with progress.bar("image features", -(-len(paths) // ENCODE_BATCH), items_per_step=ENCODE_BATCH) as bar:
-            for start in range(0, len(paths), ENCODE_BATCH):
-                pixels = {
-                    path: pixel
-                    for path in paths[start : start + ENCODE_BATCH]
-                    if (pixel := self._pixels(path)) is not None
-                }
-                if pixels:
-                    chunk = self._encode(list(pixels.values()))
-                    self._position |= {path: len(self._position) + i for i, path in enumerate(pixels)}
-                    chunks.append(chunk)
-                    stored_bytes += chunk.numel() * chunk.element_size()
-                bar.advance()
-                if stored_bytes > FEATURE_BYTES:
-                    break
+    def fill(self, vision: VisionTower, paths: Sequence[Path], progress: Progress) -> None:
+        """Encode those of `paths` that are not here yet, until memory is used up."""
+        absent = [path for path in dict.fromkeys(paths) if path not in self._features and path not in self.broken]
+        chunks = [absent[start : start + ENCODE_BATCH] for start in range(0, len(absent), ENCODE_BATCH)]
         if not chunks:
-            first, why = next(iter(self.broken.items()))
-            raise DataError(f"none of the {len(paths)} images of {first.parent} can be read; the first says: {why}")
-        return torch.cat(chunks)
+            return
+        with progress.bar("image features", len(chunks), items_per_step=ENCODE_BATCH) as bar:
+            for chunk in chunks:
+                if self._bytes > FEATURE_BYTES:
+                    return
+                pixels = {path: pixel for path in chunk if (pixel := self.pixels(vision, path)) is not None}
+                for path, features_NE in zip(pixels, encode(vision, list(pixels.values())), strict=True):
+                    self._features[path] = features_NE
+                    self._bytes += features_NE.numel() * features_NE.element_size()
+                bar.advance()
 
-    def _pixels(self, path: Path) -> np.ndarray | None:
+    def get(self, vision: VisionTower, path: Path) -> Tensor | None:
+        """Features [N, E] of an image, encoded now when they were not made ahead; None when it cannot be read."""
+        if path in self._features:
+            return self._features[path]
+        pixels = self.pixels(vision, path)
+        return None if pixels is None else encode(vision, [pixels])[0]
+
+    def pixels(self, vision: VisionTower, path: Path) -> np.ndarray | None:
+        """Pixels [3, H, W], or None for an image noted in `broken`."""
+        if path in self.broken:
+            return None
         try:
-            return preprocess(path, self._vision.preprocess)
+            return preprocess(path, vision.preprocess)
         except (ImageError, MissingFile) as error:
             self.broken[path] = str(error)
             return None
 
-    @torch.no_grad()
-    def _encode(self, pixels: list[np.ndarray]) -> Tensor:
-        return self._vision(torch.from_numpy(np.stack(pixels)).to(self._device))
+
+@torch.no_grad()
+def encode(vision: VisionTower, pixels: list[np.ndarray]) -> Tensor:
+    """Tower output [B, N, E] of B images; none for none."""
+    if not pixels:
+        return torch.empty(0)
+    return vision(torch.from_numpy(np.stack(pixels)).to(next(vision.parameters()).device))
+
+
+class ImageRows:
+    """Rows with their image features; a row whose image cannot be read gives way to the next, so batches stay full."""
+
+    def __init__(self, vision: VisionTower, rows: Sequence[Row], store: FeatureStore, progress: Progress) -> None:
+        self._vision, self._store = vision, store
+        self.rows = rows
+        paths = [row.image for row in rows]
+        store.fill(vision, paths, progress)
+        if all(path in store.broken for path in paths):
+            raise DataError(
+                f"none of the {len(set(paths))} images of {paths[0].parent} can be read; "
+                f"the first says: {store.broken[paths[0]]}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def broken(self) -> dict[str, str]:
+        """Images of these rows that could not be read, and why."""
+        found = {row.image for row in self.rows} & self._store.broken.keys()
+        return {str(path): self._store.broken[path] for path in sorted(found)}
 
     def batch(self, indices: Sequence[int]) -> tuple[list[Row], Tensor]:
         """The rows at `indices` (broken ones replaced) and their features [B, N, E]."""
@@ -140,17 +166,12 @@ class ImageFeatures:
         return list(rows), torch.stack(features)
 
     def _readable(self, index: int) -> tuple[Row, Tensor]:
-        for offset in range(len(self._rows)):
-            row = self._rows[(index + offset) % len(self._rows)]
-            if row.image in self.broken:
-                continue
-            position = self._position.get(row.image)
-            if position is not None:
-                return row, self._cached[position]
-            pixels = self._pixels(row.image)
-            if pixels is not None:
-                return row, self._encode([pixels])[0]
-        raise DataError(f"no image of {len(self._rows)} rows can be read; run `qforge data check` on the manifest")
+        for offset in range(len(self.rows)):
+            row = self.rows[(index + offset) % len(self.rows)]
+            features_NE = self._store.get(self._vision, row.image)
+            if features_NE is not None:
+                return row, features_NE
+        raise DataError(f"no image of {len(self.rows)} rows can be read; run `qforge data check` on the manifest")
 
 
 def rows_at(step: int, batch_size: int, row_count: int, seed: int) -> list[int]:

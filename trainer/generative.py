@@ -15,7 +15,7 @@ from torch import Tensor
 from runtime.dataset import Row
 from runtime.text import fill_prompt, normalise_caption, normalise_question
 from trainer.blip2 import Blip2, text_batch
-from trainer.data import ImageFeatures
+from trainer.data import ImageRows
 from trainer.losses import IGNORED, text_loss
 
 
@@ -93,7 +93,7 @@ def _language_tokens(model: Blip2, targets: Sequence[Target]) -> tuple[Tensor, T
 class CaptionObjective:
     """Stage 2 over caption rows."""
 
-    def __init__(self, train: ImageFeatures) -> None:
+    def __init__(self, train: ImageRows) -> None:
         self.train = train
 
     def loss(self, model: Blip2, indices: list[int], rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -105,11 +105,8 @@ class CaptionObjective:
 class VqaObjective:
     """The VQA fine-tune over question rows, with `caption_fraction` of each batch from caption rows."""
 
-    def __init__(
-        self, questions: ImageFeatures, captions: ImageFeatures, caption_rows: int, caption_fraction: float
-    ) -> None:
-        self.questions, self.captions = questions, captions
-        self.caption_rows, self.caption_fraction = caption_rows, caption_fraction
+    def __init__(self, questions: ImageRows, captions: ImageRows, caption_fraction: float) -> None:
+        self.questions, self.captions, self.caption_fraction = questions, captions, caption_fraction
 
     def loss(self, model: Blip2, indices: list[int], rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         """Loss of the batch; its last `caption_fraction` are captions of rows drawn at random."""
@@ -118,7 +115,7 @@ class VqaObjective:
         targets = [question_target(model, row, rng) for row in rows]
         if described:
             caption_rows, caption_BNE = self.captions.batch(
-                [int(i) for i in rng.integers(self.caption_rows, size=described)]
+                [int(i) for i in rng.integers(len(self.captions), size=described)]
             )
             targets += [caption_target(model, row, rng) for row in caption_rows]
             features_BNE = torch.cat([features_BNE, caption_BNE])

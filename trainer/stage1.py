@@ -11,7 +11,7 @@ from runtime.dataset import Row
 from runtime.text import normalise_caption
 from trainer.blip2 import Blip2, TextBatch, text_batch
 from trainer.config import Stage1Config
-from trainer.data import ImageFeatures
+from trainer.data import ImageRows
 from trainer.losses import IGNORED, hard_negatives, itc_loss, same_image, similarities, text_loss
 from trainer.qformer import ImageKeys
 
@@ -22,13 +22,8 @@ EVAL_BATCH = 64
 class Stage1:
     """The objective of stage 1 over caption rows."""
 
-    def __init__(
-        self, config: Stage1Config, train: ImageFeatures, watched: ImageFeatures, watched_rows: Sequence[Row]
-    ) -> None:
-        self.config = config
-        self.train = train
-        self.watched = watched
-        self.watched_rows = watched_rows
+    def __init__(self, config: Stage1Config, train: ImageRows, watched: ImageRows) -> None:
+        self.config, self.train, self.watched = config, train, watched
 
     def loss(self, model: Blip2, indices: list[int], rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         """Weighted sum of the three losses for the rows at `indices`, and each of them for display."""
@@ -65,27 +60,27 @@ class Stage1:
     @torch.no_grad()
     def evaluate(self, model: Blip2) -> dict[str, float]:
         """Held out, over the watched rows: retrieval R@1 both ways, ITM accuracy, ITG loss per token (nats)."""
-        image, text, itg, keys_of, texts_of = [], [], [], [], []
-        chosen = range(len(self.watched_rows))
-        for start in range(0, len(chosen), EVAL_BATCH):
-            rows, features_BNE = self.watched.batch(chosen[start : start + EVAL_BATCH])
+        image, text, itg, keys_of, texts_of, seen = [], [], 0.0, [], [], list[Row]()
+        for start in range(0, len(self.watched), EVAL_BATCH):
+            rows, features_BNE = self.watched.batch(range(start, min(start + EVAL_BATCH, len(self.watched))))
             texts = text_batch(model, [normalise_caption(row.captions[0]) for row in rows])
             keys = model.bridge.image_keys(model.bridge.post_layernorm(features_BNE))
             image_BQC, generated_BTV = model.bridge.image_and_generation(keys, *_for_generation(model, texts))
             image.append(image_BQC)
             text.append(model.bridge.text_features(texts.ids, texts.mask))
-            itg.append(float(text_loss(generated_BTV, texts.ids.masked_fill(texts.mask == 0, IGNORED))) * len(rows))
+            itg += float(text_loss(generated_BTV, texts.ids.masked_fill(texts.mask == 0, IGNORED))) * len(rows)
             keys_of.append(keys)
             texts_of.append(texts)
+            seen += rows
         scores = similarities(torch.cat(image), torch.cat(text))
-        same = same_image(_image_numbers(self.watched_rows)) | _same_text(self.watched_rows)
-        blocks = zip(keys_of, texts_of, range(0, len(chosen), EVAL_BATCH), strict=True)
+        same = same_image(_image_numbers(seen)) | _same_text(seen)
+        blocks = zip(keys_of, texts_of, range(0, len(seen), EVAL_BATCH), strict=True)
         right = [self._matching_accuracy(model, keys, texts, scores, same, first) for keys, texts, first in blocks]
         return {
             "itc_image_to_text_r1": _recall_at_1(scores, same),
             "itc_text_to_image_r1": _recall_at_1(scores.T, same),
             "itm_accuracy": float(torch.cat(right).float().mean()),
-            "itg_loss": sum(itg) / len(chosen),
+            "itg_loss": itg / len(seen),
         }
 
     @staticmethod

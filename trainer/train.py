@@ -22,7 +22,7 @@ from runtime.progress import Progress
 from trainer.blip2 import Blip2, new_blip2
 from trainer.checkpoint import load_bridge, write_checkpoint
 from trainer.config import ModelConfig, Stage1Config, StageConfig, VqaConfig
-from trainer.data import ImageFeatures, ResolvedData, rows_at
+from trainer.data import FeatureStore, ImageRows, ResolvedData, rows_at
 from trainer.demo_world import scorers_for
 from trainer.generate import EagerPipeline
 from trainer.generative import CaptionObjective, VqaObjective
@@ -50,12 +50,12 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """One stage made ready: what to minimise over how many rows, and how to measure it on held-out data."""
+    """One stage made ready: what to minimise over which rows, and how to measure it on held-out data."""
 
     objective: Objective
-    row_count: int
+    rows: tuple[ImageRows, ...]
+    """What is trained on; a step draws from the first."""
     evaluate: Callable[[Blip2], dict[str, float]]
-    features: tuple[ImageFeatures, ...]
 
 
 def run_stage(
@@ -68,20 +68,22 @@ def run_stage(
     init: Path | None,
     out: Path,
     recipe_yaml: str,
+    store: FeatureStore,
     progress: Progress,
 ) -> Path:
     """Train one stage from the bridge of checkpoint `init` (None: a fresh one) and write the checkpoint `out`.
 
-    An interrupted run of the same stage is resumed from `.OUT.partial` beside `out`.
+    An interrupted run of the same stage is resumed from `.OUT.partial` beside `out`. `store` keeps image features
+    from stage to stage.
     """
     torch.manual_seed(seed)
     blip2 = new_blip2(model, question_conditioned=stage == "vqa")
     if init is not None:
         load_bridge(blip2, init)
-    plan = _plan(blip2, data, config, progress)
+    plan = _plan(blip2, data, config, store, progress)
     partial = out.with_name(f".{out.name}.partial")
     history = _fit(stage, blip2, plan, config, seed, partial, progress)
-    broken = {str(path): why for part in plan.features for path, why in part.broken.items()}
+    broken = {path: why for rows in plan.rows for path, why in rows.broken().items()}
     metrics = {"stage": stage, "held_out": history, "broken_images": broken}
     with atomic_folder(out) as folder:
         write_checkpoint(blip2, folder, stage=stage, metrics=metrics, recipe_yaml=recipe_yaml)
@@ -91,27 +93,27 @@ def run_stage(
     return out
 
 
-def _plan(model: Blip2, data: ResolvedData, config: StageConfig, progress: Progress) -> Plan:
-    captions, described = data.captions()
+def _plan(model: Blip2, data: ResolvedData, config: StageConfig, store: FeatureStore, progress: Progress) -> Plan:
+    def with_images(rows: list[Row]) -> ImageRows:
+        return ImageRows(model.vision, rows, store, progress)
+
+    caption_rows, described = data.captions()
     described = described[: config.eval_items]
-    caption_features = ImageFeatures(model.vision, captions, progress)
+    captions = with_images(caption_rows)
     if isinstance(config, Stage1Config):
-        watched = ImageFeatures(model.vision, described, progress)
-        stage1 = Stage1(config, caption_features, watched, described)
-        return Plan(stage1, len(captions), stage1.evaluate, (caption_features, watched))
+        stage1 = Stage1(config, captions, with_images(described))
+        return Plan(stage1, (captions,), stage1.evaluate)
     if not isinstance(config, VqaConfig):
-        objective = CaptionObjective(caption_features)
-        return Plan(objective, len(captions), lambda blip2: _captions(blip2, described), (caption_features,))
-    questions, asked = data.questions()
+        return Plan(CaptionObjective(captions), (captions,), lambda blip2: _captions(blip2, described))
+    question_rows, asked = data.questions()
     asked = asked[: config.eval_items]
-    question_features = ImageFeatures(model.vision, questions, progress)
-    vqa = VqaObjective(question_features, caption_features, len(captions), config.caption_fraction)
+    questions = with_images(question_rows)
 
     def both(blip2: Blip2) -> dict[str, float]:
         answers = evaluate(EagerPipeline(blip2), asked, task="vqa", batch_size=EVAL_BATCH).metrics
         return {"vqa_accuracy": answers["accuracy"], **_captions(blip2, described)}
 
-    return Plan(vqa, len(questions), both, (question_features, caption_features))
+    return Plan(VqaObjective(questions, captions, config.caption_fraction), (questions, captions), both)
 
 
 def _captions(model: Blip2, rows: list[Row]) -> dict[str, float]:
@@ -132,7 +134,7 @@ def _fit(
         for step in range(done, config.steps):
             step_seed = np.random.SeedSequence([seed, STAGES.index(stage), step])
             torch.manual_seed(int(step_seed.generate_state(1)[0]))
-            indices = rows_at(step, config.batch_size, plan.row_count, seed)
+            indices = rows_at(step, config.batch_size, len(plan.rows[0]), seed)
             with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
                 loss, figures = plan.objective.loss(model, indices, np.random.default_rng(step_seed))
             value = float(loss.detach())

@@ -40,7 +40,8 @@ def run_bench(bundle: Path, checkpoint: Path, data: Path, out: Path, **config: A
 
 def check_whole_bench(bundle: Path, checkpoint: Path, data: Path, out: Path) -> None:
     """One FP32 bundle beside its checkpoint: everything is measured, written, and agrees."""
-    (out / "of an older run").mkdir(parents=True)
+    out.mkdir()
+    (out / "result.json").write_text("of an older run")
     threads = torch.get_num_threads()
     result = run_bench(bundle, checkpoint, data, out, fresh_starts=1)
     files = {"result.json", "answers.jsonl", "report.md", "answers.png", "latency.png"}
@@ -102,4 +103,20 @@ def check_refusals(bundle: Path, checkpoint: Path, data: Path, out: Path) -> Non
     rows = read_manifest(data / "vqa_test.jsonl")
     with pytest.raises(InputError, match="at least one bundle"):
         bench([], checkpoint, BenchConfig(), **arguments | {"vqa_rows": rows})
-    assert not out.exists()
+    assert not out.exists(), "a refused run leaves nothing"
+    out.mkdir()
+    (out / "holiday.jpg").touch()
+    with pytest.raises(InputError, match=r"result\.json, found other files"):
+        run_bench(bundle, checkpoint, data, out)
+
+
+def test_whole_bench(tiny_export: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    check_whole_bench(*tiny_export, tmp_path / "out")
+
+
+def test_gate(tiny_export: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    check_gate(*tiny_export, tmp_path)
+
+
+def test_refusals(tiny_export: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    check_refusals(*tiny_export, tmp_path / "out")

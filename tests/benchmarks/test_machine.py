@@ -1,6 +1,7 @@
 """The machine is described from what the kernel says, and nobody is named."""
 
 import json
+import os
 import platform
 from pathlib import Path
 
@@ -26,6 +27,16 @@ def test_reads_the_kernels_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert found["memory_bytes"] == 16 * 1024**2
     assert found["cpu_governor"] is None
     assert found["packages"]["numpy"]
+
+
+def test_what_others_use_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = os.sysconf("SC_CLK_TCK")
+    own = os.times_result((1.0, 2.0, 0.25, 0.5, 99.0))
+    idle_and_iowait = f"{800 * ticks} {70 * ticks}"
+    (tmp_path / "stat").write_text(f"cpu  {9 * ticks} 0 {3 * ticks} {idle_and_iowait} 0 {ticks} 0 0 0\ncpu0 1 1\n")
+    monkeypatch.setattr(machine, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(os, "times", lambda: own)
+    assert machine.cpu_seconds() == (13.0, 3.75)
 
 
 def test_this_machine_without_its_name() -> None:

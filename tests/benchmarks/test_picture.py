@@ -56,6 +56,22 @@ def test_long_answers_are_wrapped() -> None:
     assert " ".join(text for _, text, _ in lines).split() == ["word"] * 40
 
 
+@pytest.mark.filterwarnings("error")
+def test_odd_text_is_drawn_as_it_is(tmp_path: Path) -> None:
+    """A formula that is none, letters the font lacks, and what cannot be printed."""
+    rows = [question_row(colour_images(tmp_path)[0], "costs $1 or $x_{$?", "红\x00色")]
+    scored = answer_tasks(
+        [contestant("eager", Parrot())],
+        {"vqa": rows},
+        batch_size=1,
+        max_new_tokens=8,
+        remark="",
+        progress=Progress(quiet=True),
+    )
+    draw_answers({"vqa": rows}, scored, 1, tmp_path / "answers.png")
+    assert picture._wrapped("reference", "红\x00色", INK) == [("reference", "红 色", INK)]
+
+
 def test_the_file_is_a_picture_with_the_images_in_it(
     tasks: Tasks, scored: dict[Task, dict[str, Scored]], tmp_path: Path
 ) -> None:

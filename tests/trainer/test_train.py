@@ -14,7 +14,7 @@ from runtime.progress import Progress
 from trainer import train
 from trainer.checkpoint import load_checkpoint
 from trainer.config import ModelConfig, Stage1Config, Stage2Config, StageConfig, VqaConfig
-from trainer.data import ResolvedData, rows_at
+from trainer.data import FeatureStore, ResolvedData, rows_at
 from trainer.optimiser import learning_rate, make_optimiser
 
 SHORT = dict(steps=6, batch_size=8, warmup_steps=2, eval_every=3, eval_items=8, save_every=2, learning_rate=1e-3)
@@ -38,6 +38,7 @@ def run(
         init=init,
         out=out,
         recipe_yaml="{}\n",
+        store=FeatureStore(),
         progress=Progress(quiet=True),
     )
 

@@ -1,0 +1,77 @@
+"""What the manifest states about a model, read from the model; nothing is chosen here, so nothing has a default."""
+
+import hashlib
+import importlib.metadata
+import platform
+from pathlib import Path
+
+from export.config import ExportConfig, Precision
+from runtime.errors import InputError
+from runtime.files import sha256_of
+from runtime.manifest import Generation, Limits, Manifest, ModelFacts
+from trainer.blip2 import Blip2
+from trainer.checkpoint import WEIGHTS
+
+LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "nncf")
+
+
+def precision_of(manifest: Manifest, graph: str) -> Precision:
+    """Numeric type of one graph; the token embedding is looked up, not computed with, and stays fp32."""
+    own: dict[str, Precision] = {"language": manifest.language_precision, "embed": "fp32"}
+    return own.get(graph, manifest.precision)
+
+
+def limits(model: Blip2, config: ExportConfig) -> Limits:
+    """What the graphs can be asked for; InputError when the language model cannot meet the settings."""
+    trained = getattr(model.language_model.config, "max_position_embeddings", None)
+    positions = config.max_positions or trained
+    if positions is None:
+        raise InputError("export.max_positions: this language model states no limit of its own; set one")
+    if trained is not None and positions > trained:
+        raise InputError(f"export.max_positions: expected at most {trained} (the language model's), found {positions}")
+    queries, wanted = model.config.qformer.queries, model.config.max_new_tokens
+    if queries + wanted > positions:
+        raise InputError(
+            f"export.max_positions: {queries} queries and {wanted} new tokens need more than {positions} positions; "
+            f"raise it or lower model.max_new_tokens"
+        )
+    return Limits(
+        max_batch=config.max_batch,
+        max_positions=positions,
+        max_question_tokens=model.config.qformer.max_text_tokens if model.question_conditioned else 0,
+        max_new_tokens=positions - queries,
+    )
+
+
+def model_facts(model: Blip2) -> ModelFacts:
+    """Sizes of the model."""
+    return ModelFacts(
+        style="decoder-only",
+        queries=model.config.qformer.queries,
+        qformer_width=model.config.qformer.width,
+        language_width=model.language_model.get_input_embeddings().embedding_dim,
+        question_conditioned=model.question_conditioned,
+    )
+
+
+def generation(model: Blip2) -> Generation:
+    """Defaults of decoding."""
+    return Generation(
+        eos_token_ids=(model.end_token_id,),
+        pad_token_id=model.tokenizer.pad_token_id,
+        max_new_tokens=model.config.max_new_tokens,
+    )
+
+
+def made_by(checkpoint: Path) -> dict[str, str]:
+    """Versions, and the checkpoint's SHA-256 (configuration with the hashes of the frozen halves, and weights)."""
+    parts = "".join(sha256_of(checkpoint / name) for name in ("config.json", WEIGHTS))
+    versions = {name: _version(name) for name in ("qforge", *LIBRARIES)}
+    return versions | {"python": platform.python_version(), "checkpoint": hashlib.sha256(parts.encode()).hexdigest()}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # qforge itself, run from its source folder
