@@ -19,8 +19,10 @@ COLUMNS = 2
 CARD_WIDTH_IN = 6.4
 LINE_IN = 0.185
 """Height of a line of text (inches)."""
-WRAP = 46
+WRAP = 48
 """Characters of an answer per line."""
+LABEL = 15
+"""Characters of a pipeline's name."""
 DPI = 130
 
 INK, FAINT, RIGHT, WRONG = "#1f2430", "#7a8194", "#1a7f4b", "#b3261e"
@@ -122,7 +124,7 @@ def _marked(text: str, score: float, metric: str) -> tuple[str, str]:
     """The answer with its verdict; a caption that only differs from the references is not thereby wrong."""
     if metric == "exact_match" and score < 1:
         return text, INK
-    return (f"{text}  ✓", RIGHT) if score >= 0.5 else (f"{text or '(nothing)'}  ✗", WRONG)
+    return (f"✓ {text}", RIGHT) if score >= 0.5 else (f"✗ {text}", WRONG)
 
 
 def _wrapped(label: str, text: str, colour: str) -> list[Line]:
@@ -138,7 +140,8 @@ def _write_lines(axis: Any, lines: Sequence[Line], height_in: float) -> None:
     for number, (label, text, colour) in enumerate(lines):
         y = LINE_IN * (number + 0.5)
         title = not label and colour == INK
-        axis.text(0.02, y, label, fontsize=8, color=FAINT, va="center")
+        shown = label if len(label) <= LABEL else label[: LABEL - 1] + "…"
+        axis.text(0.02, y, shown, fontsize=8, color=FAINT, va="center", parse_math=False)
         weight = "bold" if title else "normal"
         place = 0.02 if title else 0.25
         # A dollar sign in an answer is a dollar sign, not the start of a formula.

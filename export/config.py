@@ -23,7 +23,7 @@ class Tolerance(Settings):
 class ExportConfig(Settings):
     """What is written into a bundle, and on how much data it is checked."""
 
-    precisions: tuple[Precision, ...] = ("fp32", "int8")
+    precisions: tuple[Precision, ...] = Field(default=("fp32", "int8"), min_length=1)
     """Bundles that `qforge run` makes, one folder each (`bundle-fp32`, `bundle-int8`)."""
     language_precision: Precision = "fp32"
     """Numeric type of the language model's weights; the vision graph and the Q-Former take the bundle's precision."""

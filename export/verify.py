@@ -161,7 +161,7 @@ def _compare_answers(
     eager, expected, found = EagerPipeline(model), list[tuple[int, ...]](), list[tuple[int, ...]]()
     with (
         Pipeline(bundle, backend="ort", threads=None, cache_bytes=0) as pipeline,
-        progress.bar("verifying answers", len(batches), items_per_step=len(batches[-1])) as bar,
+        progress.bar("verifying answers", len(batches)) as bar,
     ):
         for batch in batches:
             expected += [answer.token_ids for answer in eager.answer(batch)]

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export.config import Precision
 from qforge.recipe import Recipe
 from qforge.report import report_text
 from runtime.dataset import check_manifest, read_manifest
@@ -124,18 +125,21 @@ def _features(vision: str, layer: int, out: Path) -> "FeatureStore":
     return FeatureStore()
 
 
-def export_bundle(recipe: Recipe, precision: str, out: Path, folder: Path) -> None:
-    """One bundle, calibrated on training images and verified against PyTorch."""
+def export_bundle(recipe: Recipe, precision: Precision, reuse: Path | None, out: Path, folder: Path) -> None:
+    """One bundle, calibrated on training images and verified against PyTorch; `reuse` holds graphs already traced."""
     require("onnx", extra="export", why="Exporting")
     from export.pipeline import export_bundle
 
+    manifests = manifests_of(recipe.data, out)
     export_bundle(
         out / "checkpoint",
         folder,
         recipe.export,
         precision=precision,
-        calibration=manifests_of(recipe.data, out)["captions_train"],
+        calibration=[manifests["vqa_train"], manifests["captions_train"]],
         recipe_yaml=recipe.to_yaml(),
+        reuse=reuse,
+        progress=Progress(),
     )
 
 

@@ -97,17 +97,18 @@ def data_demo(
 
 
 @verb(
-    app, "export", "qforge export runs/demo/checkpoint --out bundle --precision int8 --calibration captions_train.jsonl"
+    app, "export", "qforge export runs/demo/checkpoint --out bundle --precision int8 --calibration vqa_train.jsonl"
 )
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint folder.")],
     out: Annotated[Path, typer.Option("--out", help="Bundle folder to write.")],
     precision: Annotated[Precision, typer.Option(help="Numeric type of the vision graph and the Q-Former.")],
+    calibration: Annotated[
+        list[Path],
+        typer.Option(metavar="FILE", help="Manifest of real images: INT8 ranges, verification. May be repeated."),
+    ],
     language_precision: Annotated[
         Precision | None, typer.Option(help="Of the language model; without it, the recipe's.")
-    ] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Manifest whose images set the INT8 ranges.")
     ] = None,
     overrides: Overrides = None,
 ) -> Outcome:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from export.config import Precision
 from qforge import actions
 from qforge.recipe import Recipe
 from qforge.steps import Done, Step, folder_lock, run_steps
@@ -76,18 +77,20 @@ def steps_of(recipe: Recipe, out: Path) -> list[Step]:
             resumes=True,
         )
 
-    def exporting(precision: str) -> Step:
+    def exporting(precision: Precision, first: Precision) -> Step:
+        """Every bundle after the first takes its traced graphs from there."""
+        again = precision != first
         return Step(
             name=f"export-{precision}",
             does=f"tracing the graphs in {precision} and verifying them against PyTorch",
             output=f"bundle-{precision}",
-            action=partial(actions.export_bundle, recipe, precision, out),
+            action=partial(actions.export_bundle, recipe, precision, out / f"bundle-{first}" if again else None, out),
             settings=reads("data", "export", without="precisions"),
-            after=("data", "vqa"),
+            after=("data", "vqa", *([f"export-{first}"] if again else [])),
             code=EXPORTS,
         )
 
-    exports = [exporting(precision) for precision in recipe.export.precisions]
+    exports = [exporting(precision, recipe.export.precisions[0]) for precision in recipe.export.precisions]
     bundles, exported = [out / step.output for step in exports], tuple(step.name for step in exports)
     return [
         Step(

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
+from export.config import Precision
 from qforge.actions import manifests_of
 from qforge.console import Outcome, must_be_ours
 from qforge.evaluation import evaluate_rows, kind_of, open_answerer
@@ -21,9 +22,9 @@ from runtime.replay import replay
 def export(
     checkpoint: Path,
     out: Path,
-    precision: str,
-    language_precision: str | None,
-    calibration: Path | None,
+    precision: Precision,
+    language_precision: Precision | None,
+    calibration: Sequence[Path],
     overrides: Sequence[str],
 ) -> Outcome:
     """A verified bundle at `out`."""
@@ -35,7 +36,14 @@ def export(
     from export.pipeline import export_bundle
 
     export_bundle(
-        checkpoint, out, recipe.export, precision=precision, calibration=calibration, recipe_yaml=recipe.to_yaml()
+        checkpoint,
+        out,
+        recipe.export,
+        precision=precision,
+        calibration=calibration,
+        recipe_yaml=recipe.to_yaml(),
+        reuse=None,
+        progress=Progress(),
     )
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return Outcome({"bundle": str(out), "precision": precision, "bytes": size}, f"Bundle: {out} ({_mib(size)})")

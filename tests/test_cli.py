@@ -91,7 +91,7 @@ def test_unknown_recipe_key_names_the_nearest(tmp_path: Path) -> None:
         (["inspect", "none"], "none: expected a bundle or a checkpoint folder, found nothing there."),
         (["inspect", "recipes"], "recipes: expected a bundle (with manifest.json) or a checkpoint"),
         (["evaluate", "none", "--data", "none.jsonl", "--task", "vqa"], "none.jsonl: expected a manifest"),
-        (["export", "none", "--out", "out", "--precision", "fp32"], "none: expected a bundle or a checkpoint"),
+        (["export", "none", "--out", "out", "--precision", "fp32", "--calibration", "rows.jsonl"], "none: expected a bundle or a checkpoint"),
         (["bench", "none", "--against", "none", "--out", "out"], "none: expected a bundle or a checkpoint"),
     ],
 )
@@ -135,7 +135,7 @@ def test_data_demo_writes_manifests_that_pass_the_check(tmp_path: Path) -> None:
         ["data", "demo", "--out", "mine"],
         ["run", "recipes/smoke.yaml", "--out", "mine"],
         ["train", "recipes/smoke.yaml", "--out", "mine"],
-        ["export", "ckpt", "--out", "mine", "--precision", "fp32"],
+        ["export", "ckpt", "--out", "mine", "--precision", "fp32", "--calibration", "rows.jsonl"],
         ["bench", "ckpt", "--against", "ckpt", "--out", "mine", "--data", "."],
     ],
     ids=lambda arguments: arguments[0],

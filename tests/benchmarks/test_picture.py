@@ -41,11 +41,11 @@ def test_without_common_images_the_first_task_decides(tmp_path: Path) -> None:
 def test_a_card_tells_everything(tasks: Tasks, scored: dict[Task, dict[str, Scored]]) -> None:
     _, lines = picture._card(tasks["vqa"][2], tasks, scored)
     assert [line[:2] for line in lines] == [
-        ("", "what colour?"), ("reference", "green"), ("eager", "green  ✓"), ("b", "blue  ✗"), ("", ""),
-        ("", "Caption"), ("reference", "green"), ("eager", "green  ✓"), ("b", "a"),
+        ("", "what colour?"), ("reference", "green"), ("eager", "✓ green"), ("b", "✗ blue"), ("", ""),
+        ("", "Caption"), ("reference", "green"), ("eager", "✓ green"), ("b", "a"),
     ]  # fmt: skip
     colours = {label + text: colour for label, text, colour in lines}
-    assert (colours["eagergreen  ✓"], colours["bblue  ✗"]) == (RIGHT, WRONG)
+    assert (colours["eager✓ green"], colours["b✗ blue"]) == (RIGHT, WRONG)
     assert colours["ba"] == INK, "a caption in other words than the reference is not thereby wrong"
 
 

@@ -1,9 +1,10 @@
 """The small frozen halves of the demo: a vision tower and a language model, really pre-trained on the demo world.
 
 The vision tower learns, supervised, what lies under each of its patches (shape, colour, size, where the object's
-centre is) and what the whole picture holds. The language model learns text alone: documents that describe one
-train-split scene and then ask about it, so that, like a large one, it can read an answer off its context. Only
-the train split is used. The folders are ordinary Hugging Face ones in fp16 (about 5 MB together).
+centre is, which one it is from the left and from the top) and what the whole picture holds. The language model
+learns text alone: documents that describe one train-split scene and then ask about it, so that, like a large one, it
+can read an answer off its context. Only the train split is used. The folders are ordinary Hugging Face ones in fp16
+(about 5 MB together).
 
     python -m trainer.demo_world.halves OUT      # what made trainer/demo_halves/; see its record.json
 """
@@ -36,7 +37,15 @@ DRAWN = 128
 """Side of the drawn picture before it is resized (pixels)."""
 COVERED = 0.08
 """A patch shows an object when the object covers at least this share of it."""
-LABELS = (list(SHAPES), list(COLOURS), list(RADIUS))
+PLACES = ("first", "second", "third", "fourth")
+LABELS: dict[str, list[str]] = {
+    "shape": list(SHAPES),
+    "colour": list(COLOURS),
+    "size": list(RADIUS),
+    "from_left": list(PLACES),
+    "from_top": list(PLACES),
+}
+"""What a patch is asked about the object it shows."""
 DOCUMENT_TOKENS = 96
 
 
@@ -47,31 +56,33 @@ class PatchTeacher(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.patch_heads = nn.ModuleList(nn.Linear(width, 1 + len(names)) for names in LABELS)
+        self.patch_heads = nn.ModuleList(nn.Linear(width, 1 + len(names)) for names in LABELS.values())
         self.centre = nn.Linear(width, 2)
         self.picture = nn.Linear(width, len(SHAPES) + len(COLOURS) + len(SHAPES) * len(COLOURS) + 1)
 
     def forward(self, features_BNE: Tensor, patches: Tensor, centres: Tensor, pictures: Tensor) -> Tensor:
-        """Sum of the losses. patches [B, 3, N] labels (0 = none), centres [B, N, 2], pictures [B, K] counts."""
+        """Sum of the losses. patches [B, 5, N] labels (0 = none), centres [B, N, 2], pictures [B, K] counts."""
         features_BNE = self.norm(features_BNE)
         tokens_BNE = features_BNE[:, 1:]
         loss = torch.zeros(())
         for i, head in enumerate(self.patch_heads):
-            loss = loss + F.cross_entropy(head(tokens_BNE).flatten(0, 1).float(), patches[:, i].flatten())
+            loss = loss + F.cross_entropy(head(tokens_BNE).flatten(0, 1), patches[:, i].flatten())
         shown = (patches[:, 0] > 0).unsqueeze(-1)
-        loss = loss + 4 * ((self.centre(tokens_BNE).float() - centres) ** 2 * shown).sum() / shown.sum().clamp(min=1)
-        return loss + ((self.picture(features_BNE[:, 0]).float() - pictures) ** 2).mean()
+        loss = loss + 4 * ((self.centre(tokens_BNE) - centres) ** 2 * shown).sum() / shown.sum().clamp(min=1)
+        return loss + ((self.picture(features_BNE[:, 0]) - pictures) ** 2).mean()
 
 
 def _targets(scene: Scene, object_map: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels of one picture: patches [3, N], centres [N, 2], picture counts [K]."""
+    """Labels of one picture: patches [5, N], centres [N, 2], picture counts [K]."""
     cells = object_map.reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
     cover = np.stack([(cells == i + 1).mean(1) for i in range(len(scene.objects))])
     winner = np.where(cover.max(0) >= COVERED, cover.argmax(0), -1)
-    patches, centres = np.zeros((3, GRID * GRID), np.int64), np.zeros((GRID * GRID, 2), np.float32)
+    patches, centres = np.zeros((len(LABELS), GRID**2), np.int64), np.zeros((GRID**2, 2), np.float32)
     counts = np.zeros((len(SHAPES) + 1, len(COLOURS) + 1), np.float32)
     for i, o in enumerate(scene.objects):
-        for row, (value, names) in enumerate(zip((o.shape, o.colour, o.size), LABELS, strict=True)):
+        above = sum(other.y < o.y for other in scene.objects)
+        values = (o.shape, o.colour, o.size, PLACES[i], PLACES[above])
+        for row, (value, names) in enumerate(zip(values, LABELS.values(), strict=True)):
             patches[row, winner == i] = 1 + names.index(value)
         centres[winner == i] = (2 * o.x - 1, 2 * o.y - 1)
         counts[SHAPES.index(o.shape), list(COLOURS).index(o.colour)] += 1
@@ -91,9 +102,7 @@ def pretrain_vision(config: DemoHalvesConfig, out: Path, progress: Progress) -> 
     def step() -> Tensor:
         rows = torch.randint(len(train[0]), (config.batch_size,), generator=order)
         pixels, patches, centres, pictures = (part[rows] for part in train)
-        with torch.autocast("cpu", torch.bfloat16):
-            features_BNE = tower(_to_float(pixels)).last_hidden_state
-        return teacher(features_BNE.float(), patches, centres, pictures)
+        return teacher(tower(_to_float(pixels)).last_hidden_state, patches, centres, pictures)
 
     _optimise([tower, teacher], step, config.vision_steps, config.learning_rate, progress, "vision tower")
     tower.half().save_pretrained(out)
@@ -111,9 +120,7 @@ def pretrain_vision(config: DemoHalvesConfig, out: Path, progress: Progress) -> 
         right = [
             (h(tokens).argmax(-1) == held[1][:, i])[shown].float().mean() for i, h in enumerate(teacher.patch_heads)
         ]
-    return {
-        f"patch_{kind}": round(float(value), 4) for kind, value in zip(("shape", "colour", "size"), right, strict=True)
-    }
+    return {f"patch_{kind}": round(float(value), 4) for kind, value in zip(LABELS, right, strict=True)}
 
 
 def _drawn(scenes: list[Scene], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
