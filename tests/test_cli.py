@@ -91,7 +91,10 @@ def test_unknown_recipe_key_names_the_nearest(tmp_path: Path) -> None:
         (["inspect", "none"], "none: expected a bundle or a checkpoint folder, found nothing there."),
         (["inspect", "recipes"], "recipes: expected a bundle (with manifest.json) or a checkpoint"),
         (["evaluate", "none", "--data", "none.jsonl", "--task", "vqa"], "none.jsonl: expected a manifest"),
-        (["export", "none", "--out", "out", "--precision", "fp32", "--calibration", "rows.jsonl"], "none: expected a bundle or a checkpoint"),
+        (
+            ["export", "none", "--out", "out", "--precision", "fp32", "--calibration", "rows.jsonl"],
+            "none: expected a bundle or a checkpoint",
+        ),
         (["bench", "none", "--against", "none", "--out", "out"], "none: expected a bundle or a checkpoint"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from trainer.config import ModelConfig, QFormerConfig
 from trainer.demo_world.halves import train_tokenizers
 from trainer.demo_world.language import QuestionWriter, captions
-from trainer.demo_world.scene import random_scenes
+from trainer.demo_world.scene import WIDE, random_scenes
 from trainer.towers import new_language_model, new_vision_tower
 
 SIDE = 16
@@ -17,10 +17,10 @@ SIDE = 16
 def write_tiny_halves(folder: Path, *, seed: int = 0) -> ModelConfig:
     """Save a 16-pixel vision tower, a two-layer language model and both tokenizers; returns their model section."""
     torch.manual_seed(seed)
-    writer = QuestionWriter(seed)
+    writer = QuestionWriter(seed, WIDE)
     texts = [
         text
-        for scene in random_scenes(60, "train", seed)
+        for scene in random_scenes(60, "train", seed, WIDE)
         for text in (*captions(scene), *(f"Question: {q.text} Answer: {q.answer}" for q in writer.ask(scene, 4)))
     ]
     language, text = train_tokenizers(texts)

@@ -16,14 +16,14 @@ from trainer.config import DemoWorldConfig
 from trainer.demo_world import scorers_for, write_demo_world
 from trainer.demo_world.draw import draw
 from trainer.demo_world.language import KIND_WEIGHTS, QuestionWriter, candidates, caption_is_true, captions, name
-from trainer.demo_world.scene import COLOURS, SHAPES, Scene, random_scenes, relation, scene_from_json
+from trainer.demo_world.scene import COLOURS, DEMO, Scene, random_scenes, relation, scene_from_json
 
 SPLITS = ("train", "val", "test")
 
 
 @pytest.fixture(scope="module")
 def scenes() -> dict[str, list[Scene]]:
-    return {split: random_scenes(600, split, seed=0) for split in SPLITS}
+    return {split: random_scenes(600, split, seed=0, palette=DEMO) for split in SPLITS}
 
 
 def test_same_seed_same_bytes(world: Path, tmp_path: Path) -> None:
@@ -43,7 +43,8 @@ def test_written_manifests_are_valid(world: Path) -> None:
 
 
 def test_splits_share_no_content_whatever_the_seed(scenes: dict[str, list[Scene]]) -> None:
-    contents = {split: {s.content() for s in [*scenes[split], *random_scenes(300, split, seed=9)]} for split in SPLITS}
+    drawn = {split: [*scenes[split], *random_scenes(300, split, seed=9, palette=DEMO)] for split in SPLITS}
+    contents = {split: {scene.content() for scene in drawn[split]} for split in SPLITS}
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
         assert not contents[one] & contents[other]
 
@@ -51,9 +52,9 @@ def test_splits_share_no_content_whatever_the_seed(scenes: dict[str, list[Scene]
 def test_variety(scenes: dict[str, list[Scene]]) -> None:
     drawn = scenes["train"]
     assert set(Counter(len(s.objects) for s in drawn)) == {1, 2, 3, 4}
-    assert {o.colour for s in drawn for o in s.objects} == set(COLOURS)
-    assert len(COLOURS) >= 8
-    assert {o.shape for s in drawn for o in s.objects} == set(SHAPES)
+    assert {o.colour for s in drawn for o in s.objects} == set(DEMO.colours)
+    assert len(DEMO.colours) >= 8
+    assert {o.shape for s in drawn for o in s.objects} == set(DEMO.shapes)
     assert {s.cluttered for s in drawn} == {True, False}
     said = " ".join(text for s in drawn for text in captions(s))
     assert all(
@@ -62,7 +63,7 @@ def test_variety(scenes: dict[str, list[Scene]]) -> None:
 
 
 def test_a_picture_shows_what_its_scene_says() -> None:
-    for i, scene in enumerate(random_scenes(40, "train", seed=4)):
+    for i, scene in enumerate(random_scenes(40, "train", seed=4, palette=DEMO)):
         picture, objects = draw(scene, 128, np.random.default_rng(i))
         pixels, where = np.asarray(picture, int), np.asarray(objects)
         for number, o in enumerate(scene.objects, start=1):
@@ -79,7 +80,7 @@ def test_captions_are_true_and_wrong_ones_are_not(scenes: dict[str, list[Scene]]
             assert caption_is_true(caption, scene)
             words = caption.split()
             for i, word in enumerate(words):
-                for group in (list(COLOURS), list(SHAPES), ["small", "large"], ["above", "below"], ["left", "right"]):
+                for group in (DEMO.colours, DEMO.shapes, ("small", "large"), ("above", "below"), ("left", "right")):
                     if word in group:
                         wrong = group[(group.index(word) + 1) % len(group)]
                         changed = " ".join([*words[:i], wrong, *words[i + 1 :]])
@@ -103,16 +104,16 @@ def test_order_of_an_enumeration_is_free(scenes: dict[str, list[Scene]]) -> None
 def test_every_question_has_one_right_answer(scenes: dict[str, list[Scene]]) -> None:
     for scene in scenes["train"][:150]:
         answers = defaultdict(set)
-        for question in candidates(scene, np.random.default_rng(0)):
+        for question in candidates(scene, np.random.default_rng(0), DEMO):
             answers[question.text].add(question.answer)
         assert all(len(found) == 1 for found in answers.values())
-        assert {q.kind for q in candidates(scene, np.random.default_rng(0))} <= set(KIND_WEIGHTS)
+        assert {q.kind for q in candidates(scene, np.random.default_rng(0), DEMO)} <= set(KIND_WEIGHTS)
 
 
 def test_relations_are_opposite() -> None:
     opposite = {"to the left of": "to the right of", "above": "below"}
     opposite |= {v: k for k, v in opposite.items()}
-    for scene in random_scenes(200, "train", seed=5):
+    for scene in random_scenes(200, "train", seed=5, palette=DEMO):
         for first in scene.objects:
             for second in scene.objects:
                 if first is not second and (there := relation(first, second)) is not None:
@@ -133,8 +134,8 @@ def test_wording_alone_answers_less_than_half(tmp_path: Path) -> None:
 
 
 def test_asked_questions_differ() -> None:
-    writer = QuestionWriter(0)
-    for scene in random_scenes(50, "train", seed=1):
+    writer = QuestionWriter(0, DEMO)
+    for scene in random_scenes(50, "train", seed=1, palette=DEMO):
         asked = writer.ask(scene, 6)
         assert len({q.text for q in asked}) == len(asked)
 

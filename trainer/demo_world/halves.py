@@ -2,9 +2,9 @@
 
 The vision tower learns, supervised, what lies under each of its patches (shape, colour, size, where the object's
 centre is, which one it is from the left and from the top) and what the whole picture holds. The language model
-learns text alone: documents that describe one train-split scene and then ask about it, so that, like a large one, it
-can read an answer off its context. Only the train split is used. The folders are ordinary Hugging Face ones in fp16
-(about 5 MB together).
+learns text alone: documents that tell the facts of one scene and then describe it and ask about it, so that, like a
+large one, it can read captions and answers off its context. Only train-split scenes are used. The folders are
+ordinary Hugging Face ones in fp16 (about 5 MB together).
 
     python -m trainer.demo_world.halves OUT      # what made trainer/demo_halves/; see its record.json
 """
@@ -26,8 +26,8 @@ from runtime.preprocess import PreprocessSettings, preprocess
 from runtime.progress import Progress
 from trainer.config import DemoHalvesConfig, ModelConfig
 from trainer.demo_world.draw import draw
-from trainer.demo_world.language import QuestionWriter, captions
-from trainer.demo_world.scene import COLOURS, RADIUS, SHAPES, Scene, random_scenes
+from trainer.demo_world.language import QuestionWriter, captions, facts
+from trainer.demo_world.scene import COLOURS, RADIUS, SHAPES, WIDE, Scene, random_scenes
 from trainer.towers import new_language_model, new_vision_tower
 
 SIDE, PATCH = 64, 8
@@ -93,8 +93,8 @@ def _targets(scene: Scene, object_map: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def pretrain_vision(config: DemoHalvesConfig, out: Path, progress: Progress) -> dict[str, float]:
     """Train the tower, save it to `out`; returns held-out patch accuracy per attribute (share of object patches)."""
     torch.manual_seed(config.seed)
-    train = _drawn(random_scenes(config.scenes, "train", config.seed + 1000), config.seed)
-    held = _drawn(random_scenes(256, "val", config.seed + 1000), config.seed + 1)
+    train = _drawn(random_scenes(config.scenes, "train", config.seed + 1000, WIDE), config.seed)
+    held = _drawn(random_scenes(256, "val", config.seed + 1000, WIDE), config.seed + 1)
     tower = new_vision_tower(image_size=SIDE, patch=PATCH, width=128, layers=6, heads=4)
     teacher = PatchTeacher(128)
     order = torch.Generator().manual_seed(config.seed)
@@ -158,10 +158,9 @@ def _optimise(
 
 
 def document(scene: Scene, writer: QuestionWriter, rng: np.random.Generator, prompt: str) -> list[str]:
-    """A description of a scene followed by questions about it and their answers, one text each."""
-    said = captions(scene)
-    asked = writer.ask(scene, 4)
-    return [str(rng.choice(said)), *(f"{prompt.format(q.text)} {q.answer}" for q in asked)]
+    """The facts of a scene, then in any order a caption and questions with their answers, one text each."""
+    told = [str(rng.choice(captions(scene))), *(f"{prompt.format(q.text)} {q.answer}" for q in writer.ask(scene, 4))]
+    return [facts(scene), *(told[i] for i in rng.permutation(len(told)))]
 
 
 def train_tokenizers(texts: list[str]) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
@@ -207,10 +206,12 @@ def train_tokenizers(texts: list[str]) -> tuple[PreTrainedTokenizerFast, PreTrai
 def pretrain_language(config: DemoHalvesConfig, out: Path, text_out: Path, progress: Progress) -> dict[str, float]:
     """Train tokenizers and language model; returns held-out loss per token (nats) and answer accuracy in context."""
     torch.manual_seed(config.seed)
-    rng, writer = np.random.default_rng(config.seed), QuestionWriter(config.seed)
+    rng, writer = np.random.default_rng(config.seed), QuestionWriter(config.seed, WIDE)
     prompt = ModelConfig().vqa_prompt
-    documents = [document(s, writer, rng, prompt) for s in random_scenes(config.scenes, "train", config.seed + 2000)]
-    held = [document(s, writer, rng, prompt) for s in random_scenes(128, "val", config.seed + 2000)]
+    documents = [
+        document(s, writer, rng, prompt) for s in random_scenes(config.scenes, "train", config.seed + 2000, WIDE)
+    ]
+    held = [document(s, writer, rng, prompt) for s in random_scenes(128, "val", config.seed + 2000, WIDE)]
     tokenizer, text_tokenizer = train_tokenizers([text for texts in documents for text in texts])
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     model = new_language_model(vocabulary=len(tokenizer), width=128, layers=4, heads=4, positions=256, end=end, pad=pad)
@@ -226,9 +227,8 @@ def pretrain_language(config: DemoHalvesConfig, out: Path, text_out: Path, progr
     order = torch.Generator().manual_seed(config.seed)
 
     def loss_of(ids_BT: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=ids_BT, attention_mask=(ids_BT != pad).long()).logits
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten(), ignore_index=pad)
+        logits = model(input_ids=ids_BT, attention_mask=(ids_BT != pad).long()).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), ignore_index=pad)
 
     def step() -> Tensor:
         return loss_of(train[torch.randint(len(train), (config.batch_size,), generator=order)])
@@ -241,10 +241,10 @@ def pretrain_language(config: DemoHalvesConfig, out: Path, text_out: Path, progr
     with torch.no_grad():
         loss = float(loss_of(batch([packed(texts) for texts in held])))
         right = []
-        for said, *asked in held:
-            for line in asked:
+        for known, *told in held:
+            for line in (line for line in told if line.startswith(prompt.partition("{}")[0])):
                 asking, answer = line.rsplit(" ", 1)
-                ids = torch.tensor([tokenizer(said).input_ids + tokenizer(asking).input_ids])
+                ids = torch.tensor([tokenizer(known).input_ids + tokenizer(asking).input_ids])
                 guess = tokenizer.decode(int(model(input_ids=ids).logits[0, -1].argmax())).strip()
                 right.append(guess == answer)
     return {"loss_per_token_nats": round(loss, 4), "answers_read_off_context": round(float(np.mean(right)), 4)}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.demo_world.scene import COLOURS, RADIUS, SHAPES, Scene, Shape, relation
+from trainer.demo_world.scene import COLOURS, RADIUS, SHAPES, Palette, Scene, Shape, relation
 
 RELATIONS = ("to the left of", "to the right of", "above", "below")
 KIND_WEIGHTS = {"colour": 3, "shape": 3, "size": 2, "count": 3, "existence": 3, "relation": 2, "yes/no": 2}
@@ -52,6 +52,15 @@ def captions(scene: Scene) -> tuple[str, ...]:
     return (", ".join(named[:-1]) + " and " + named[-1],)
 
 
+def facts(scene: Scene) -> str:
+    """Everything a picture shows in telegram style: background, then each object from left to right.
+
+    Places are cells of a 5 x 5 grid, column letter and row number: "plain small red circle a3 large blue star d1".
+    """
+    told = [f"{name(o)} {'abcde'[min(4, int(o.x * 5))]}{1 + min(4, int(o.y * 5))}" for o in scene.objects]
+    return " ".join(["cluttered" if scene.cluttered else "plain", *told])
+
+
 _OBJECT = re.compile(rf"a ({'|'.join(RADIUS)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
 
 
@@ -81,7 +90,7 @@ def _unique(values: list[str]) -> list[int]:
     return [i for i, value in enumerate(values) if counts[value] == 1]
 
 
-def candidates(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+def candidates(scene: Scene, rng: np.random.Generator, palette: Palette) -> Iterator[Question]:
     """Every kind of question this scene can answer; absent things are near misses of what is there."""
     objects = scene.objects
     shapes, colours = [o.shape for o in objects], [o.colour for o in objects]
@@ -97,15 +106,15 @@ def candidates(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     for i in _unique(pairs):
         yield Question("size", f"what size is the {pairs[i]}?", objects[i].size)
     yield Question("count", "how many objects are there?", str(len(objects)))
-    for colour in COLOURS:
+    for colour in palette.colours:
         yield Question("count", f"how many {colour} objects are there?", str(colours.count(colour)))
-    for shape in SHAPES:
+    for shape in palette.shapes:
         plural = "crosses" if shape == "cross" else f"{shape}s"
         yield Question("count", f"how many {plural} are there?", str(shapes.count(shape)))
         yield Question("existence", f"is there a {shape}?", _yes(shape in shapes))
-    for colour in COLOURS:
+    for colour in palette.colours:
         yield Question("existence", f"is there {_a(colour)} object?", _yes(colour in colours))
-    for pair in sorted({f"{c} {s}" for c in colours for s in shapes} | {_random_pair(rng) for _ in range(3)}):
+    for pair in sorted({f"{c} {s}" for c in colours for s in shapes} | {_random_pair(rng, palette) for _ in range(3)}):
         yield Question("existence", f"is there {_a(pair)}?", _yes(pair in pairs))
     for i in _unique(pairs):
         for j in _unique(pairs):
@@ -114,7 +123,7 @@ def candidates(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
                 yield Question("relation", f"is the {pairs[i]} {asked} the {pairs[j]}?", _yes(asked == true))
                 yield Question("relation", f"is the {pairs[i]} {true} the {pairs[j]}?", "yes")
     for i in _unique(shapes):
-        asked = str(rng.choice(list(COLOURS)))
+        asked = str(rng.choice(palette.colours))
         yield Question("yes/no", f"is the {shapes[i]} {asked}?", _yes(asked == colours[i]))
         yield Question("yes/no", f"is the {shapes[i]} {colours[i]}?", "yes")
     yield Question("yes/no", "is the background plain?", _yes(not scene.cluttered))
@@ -128,8 +137,8 @@ def _a(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def _random_pair(rng: np.random.Generator) -> str:
-    return f"{rng.choice(list(COLOURS))} {rng.choice(SHAPES)}"
+def _random_pair(rng: np.random.Generator, palette: Palette) -> str:
+    return f"{rng.choice(palette.colours)} {rng.choice(palette.shapes)}"
 
 
 class QuestionWriter:
@@ -139,14 +148,15 @@ class QuestionWriter:
     reveals beyond the attributes themselves, which are drawn evenly.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, palette: Palette) -> None:
+        self._palette = palette
         self._rng = np.random.default_rng(seed)
         self._asked: dict[str, Counter[str]] = defaultdict(Counter)
 
     def ask(self, scene: Scene, count: int) -> list[Question]:
         """At most `count` different questions, kinds drawn by `KIND_WEIGHTS`, rarest answers first."""
         by_kind: dict[str, list[Question]] = defaultdict(list)
-        for question in candidates(scene, self._rng):
+        for question in candidates(scene, self._rng, self._palette):
             by_kind[question.kind].append(question)
         chosen: dict[str, Question] = {}
         for _ in range(count * 3):

@@ -28,6 +28,26 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "gray": (128, 128, 130),
 }
 SHAPES = ("circle", "square", "triangle", "rectangle", "star", "cross")
+
+
+@dataclass(frozen=True)
+class Palette:
+    """What scenes are made of."""
+
+    colours: tuple[str, ...]
+    shapes: tuple[str, ...]
+    counts: tuple[int, ...]
+    """How many objects a scene may hold; a number that stands twice is drawn twice as often."""
+
+
+WIDE = Palette(tuple(COLOURS), SHAPES, (1, 2, 3, 4))
+"""What the frozen halves are pre-trained on: more than any one data set shows them, as with real ones."""
+DEMO = Palette(
+    colours=("red", "orange", "yellow", "green", "blue", "purple", "pink", "black"),
+    shapes=("circle", "square", "triangle", "star", "cross"),
+    counts=(1, 1, 1, 2, 2, 2, 3, 3, 4),
+)
+"""What the demo's own data set shows."""
 RADIUS = {"small": (0.075, 0.105), "large": (0.165, 0.205)}
 """Radius of a shape's bounding circle, as a share of the picture's side (lowest, highest)."""
 SHARED_ATTRIBUTE = 0.5
@@ -85,13 +105,13 @@ def relation(first: Shape, second: Shape) -> str | None:
     return None
 
 
-def random_scene(rng: np.random.Generator) -> Scene:
+def random_scene(rng: np.random.Generator, palette: Palette) -> Scene:
     """One scene; every pair of a two-object scene stands in a clear relation."""
-    count = int(rng.integers(1, 5))
+    count = palette.counts[int(rng.integers(len(palette.counts)))]
     while True:
         objects: list[Shape] = []
         for _ in range(count):
-            shape, colour = str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))
+            shape, colour = str(rng.choice(palette.shapes)), str(rng.choice(palette.colours))
             if objects and rng.random() < SHARED_ATTRIBUTE:
                 other = objects[int(rng.integers(len(objects)))]
                 shape, colour = (other.shape, colour) if rng.random() < 0.5 else (shape, other.colour)
@@ -119,12 +139,12 @@ def _place(rng: np.random.Generator, others: list[Shape], shape: str, colour: st
     return None
 
 
-def random_scenes(count: int, split: Split, seed: int) -> list[Scene]:
+def random_scenes(count: int, split: Split, seed: int, palette: Palette) -> list[Scene]:
     """`count` scenes of one split; a longer list of the same seed begins with the shorter one."""
     rng = np.random.default_rng([seed, ("train", "val", "test").index(split)])
     scenes: list[Scene] = []
     while len(scenes) < count:
-        scene = random_scene(rng)
+        scene = random_scene(rng, palette)
         if scene.split() == split:
             scenes.append(scene)
     return scenes

@@ -13,7 +13,7 @@ from runtime.progress import Progress
 from trainer.config import DemoWorldConfig
 from trainer.demo_world.draw import draw
 from trainer.demo_world.language import QuestionWriter, caption_is_true, captions
-from trainer.demo_world.scene import Split, random_scenes, scene_from_json
+from trainer.demo_world.scene import DEMO, Split, random_scenes, scene_from_json
 
 
 def write_demo_world(config: DemoWorldConfig, out: Path, progress: Progress) -> Path:
@@ -27,9 +27,9 @@ def write_demo_world(config: DemoWorldConfig, out: Path, progress: Progress) -> 
         (folder / "images").mkdir()
         with progress.bar("demo world", sum(count for _, count in counts)) as bar:
             for number, (split, count) in enumerate(counts):
-                rng, writer = np.random.default_rng([config.seed, number]), QuestionWriter(config.seed + number)
+                rng, writer = np.random.default_rng([config.seed, number]), QuestionWriter(config.seed + number, DEMO)
                 described, asked = [], []
-                for i, scene in enumerate(random_scenes(count, split, config.seed)):
+                for i, scene in enumerate(random_scenes(count, split, config.seed, DEMO)):
                     image_id = f"{split}-{i:05d}"
                     name = f"images/{image_id}.png"
                     draw(scene, config.image_size, rng)[0].save(folder / name, compress_level=1)
