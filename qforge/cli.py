@@ -96,9 +96,7 @@ def data_demo(
     return verbs_train.data_demo(out, overrides or [])
 
 
-@verb(
-    app, "export", "qforge export runs/demo/checkpoint --out bundle --precision int8 --calibration vqa_train.jsonl"
-)
+@verb(app, "export", "qforge export runs/demo/checkpoint --out bundle --precision int8 --calibration vqa_train.jsonl")
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint folder.")],
     out: Annotated[Path, typer.Option("--out", help="Bundle folder to write.")],

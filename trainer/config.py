@@ -51,13 +51,13 @@ class DemoHalvesConfig(Settings):
     """Pre-train the halves in this run instead of taking the shipped ones."""
     scenes: PositiveInt = 20_000
     """Training scenes drawn for the image encoder."""
-    vision_steps: PositiveInt = 3_000
+    vision_steps: PositiveInt = 1_800
     """Optimiser steps of the image encoder."""
-    language_steps: PositiveInt = 3_000
+    language_steps: PositiveInt = 1_600
     """Optimiser steps of the language model."""
     batch_size: PositiveInt = 64
     """Scenes, or text sequences, in a step."""
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: PositiveFloat = 1.5e-3
     """Peak rate of both."""
     seed: NonNegativeInt = 0
     """Seed of weights, scenes and order."""

@@ -16,7 +16,7 @@ from runtime.dataset import Row
 from runtime.text import fill_prompt, normalise_caption, normalise_question
 from trainer.blip2 import Blip2, text_batch
 from trainer.data import ImageRows
-from trainer.losses import IGNORED, text_loss
+from trainer.losses import IGNORED, text_loss_by_row
 
 
 # Shape letters: B pairs, N image tokens, E image width, Q queries, D language width, T text tokens
@@ -44,9 +44,10 @@ def question_target(model: Blip2, row: Row, rng: np.random.Generator) -> Target:
 
 
 def language_loss(model: Blip2, features_BNE: Tensor, targets: Sequence[Target]) -> Tensor:
-    """Loss (nats per token) of the answers and their end tokens; prefix and prompt are read, not predicted.
+    """Loss (nats per token, rows weighing the same) of the answers and their end tokens.
 
-    A text longer than the limit is cut before its end token is added (LAVIS loses the end token).
+    Prefix and prompt are read, not predicted. A text longer than the limit is cut before its end token is added
+    (LAVIS loses the end token).
     """
     image_embeds_BNE = model.bridge.post_layernorm(features_BNE)
     prefix_BQD = model.query_prefix(image_embeds_BNE, *question_tokens(model, [t.question for t in targets]))
@@ -59,7 +60,7 @@ def language_loss(model: Blip2, features_BNE: Tensor, targets: Sequence[Target])
         logits_to_keep=ids_BT.shape[1],  # no vocabulary-wide logits where nothing is predicted
         use_cache=False,
     ).logits
-    return text_loss(logits_BTV, labels_BT)
+    return text_loss_by_row(logits_BTV, labels_BT)
 
 
 def question_tokens(model: Blip2, questions: Sequence[str | None]) -> tuple[Tensor, Tensor] | tuple[None, None]:

@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,11 @@ LABELS: dict[str, list[str]] = {
     "from_top": list(PLACES),
 }
 """What a patch is asked about the object it shows."""
-DOCUMENT_TOKENS = 96
+DOCUMENT_TOKENS = 112
+QUESTIONS = 5
+"""Questions asked in one document."""
+OPEN_WEIGHT, ANSWER_WEIGHT = 0.1, 4.0
+"""Weight of a token the facts do not decide (facts, wording of questions) and of an answer; a caption's token has 1."""
 
 
 # Shape letters: B images, N patches, E image width, T tokens
@@ -157,10 +162,31 @@ def _optimise(
             bar.advance(loss=float(loss))
 
 
-def document(scene: Scene, writer: QuestionWriter, rng: np.random.Generator, prompt: str) -> list[str]:
-    """The facts of a scene, then in any order a caption and questions with their answers, one text each."""
-    told = [str(rng.choice(captions(scene))), *(f"{prompt.format(q.text)} {q.answer}" for q in writer.ask(scene, 4))]
-    return [facts(scene), *(told[i] for i in rng.permutation(len(told)))]
+@dataclass(frozen=True)
+class Document:
+    """One scene as text: its facts, then in any order a caption and questions with their answers."""
+
+    facts: str
+    told: tuple[tuple[str, str], ...]
+    """(prompt, what follows it); a caption has an empty prompt."""
+
+
+def document(scene: Scene, writer: QuestionWriter, rng: np.random.Generator, prompt: str) -> Document:
+    """Facts, one caption and five questions about a scene."""
+    told = [("", str(rng.choice(captions(scene))))]
+    told += [(prompt.format(q.text), f" {q.answer}") for q in writer.ask(scene, QUESTIONS)]
+    return Document(facts(scene), tuple(told[i] for i in rng.permutation(len(told))))
+
+
+def weighted_tokens(tokenizer: PreTrainedTokenizerFast, doc: Document) -> tuple[list[int], list[float]]:
+    """Token ids of a document and how much each counts: what the facts decide counts more than what they do not."""
+    ids = tokenizer(doc.facts).input_ids  # every text begins with </s>
+    weights = [OPEN_WEIGHT] * len(ids)
+    for asked, said in doc.told:
+        heard, spoken = tokenizer(asked).input_ids, tokenizer(said, add_special_tokens=False).input_ids
+        ids += heard + spoken
+        weights += [OPEN_WEIGHT] * len(heard) + [ANSWER_WEIGHT if asked else 1.0] * len(spoken)
+    return [*ids, tokenizer.eos_token_id], [*weights, OPEN_WEIGHT]
 
 
 def train_tokenizers(texts: list[str]) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
@@ -204,34 +230,38 @@ def train_tokenizers(texts: list[str]) -> tuple[PreTrainedTokenizerFast, PreTrai
 
 
 def pretrain_language(config: DemoHalvesConfig, out: Path, text_out: Path, progress: Progress) -> dict[str, float]:
-    """Train tokenizers and language model; returns held-out loss per token (nats) and answer accuracy in context."""
+    """Train tokenizers and language model; returns held-out weighted loss and answers read off the facts."""
     torch.manual_seed(config.seed)
     rng, writer = np.random.default_rng(config.seed), QuestionWriter(config.seed, WIDE)
     prompt = ModelConfig().vqa_prompt
-    documents = [
-        document(s, writer, rng, prompt) for s in random_scenes(config.scenes, "train", config.seed + 2000, WIDE)
-    ]
-    held = [document(s, writer, rng, prompt) for s in random_scenes(128, "val", config.seed + 2000, WIDE)]
-    tokenizer, text_tokenizer = train_tokenizers([text for texts in documents for text in texts])
+    drawn = config.seed + 2000
+    documents = [document(s, writer, rng, prompt) for s in random_scenes(config.scenes, "train", drawn, WIDE)]
+    held = [document(s, writer, rng, prompt) for s in random_scenes(128, "val", drawn, WIDE)]
+    tokenizer, text_tokenizer = train_tokenizers(
+        [text for doc in documents for text in (doc.facts, *(asked + said for asked, said in doc.told))]
+    )
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     model = new_language_model(vocabulary=len(tokenizer), width=128, layers=4, heads=4, positions=256, end=end, pad=pad)
 
-    def packed(texts: list[str]) -> list[int]:
-        ids = [token for text in texts for token in tokenizer(text).input_ids]  # each text begins with </s>
-        return [*ids, end][:DOCUMENT_TOKENS]
+    def batch(docs: list[Document]) -> tuple[Tensor, Tensor]:
+        """Ids and weights [B, T], cut or padded to the same length; padding has no weight."""
+        ids, weights = torch.full((len(docs), DOCUMENT_TOKENS), pad), torch.zeros(len(docs), DOCUMENT_TOKENS)
+        for row, doc in enumerate(docs):
+            tokens, counts = (part[:DOCUMENT_TOKENS] for part in weighted_tokens(tokenizer, doc))
+            ids[row, : len(tokens)], weights[row, : len(tokens)] = torch.tensor(tokens), torch.tensor(counts)
+        return ids, weights
 
-    def batch(rows: list[list[int]]) -> Tensor:
-        return torch.tensor([row + [pad] * (DOCUMENT_TOKENS - len(row)) for row in rows])
-
-    train = batch([packed(texts) for texts in documents])
+    train = batch(documents)
     order = torch.Generator().manual_seed(config.seed)
 
-    def loss_of(ids_BT: Tensor) -> Tensor:
+    def loss_of(ids_BT: Tensor, weights_BT: Tensor) -> Tensor:
         logits = model(input_ids=ids_BT, attention_mask=(ids_BT != pad).long()).logits
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), ignore_index=pad)
+        loss_BT = F.cross_entropy(logits[:, :-1].mT, ids_BT[:, 1:], reduction="none")
+        return (loss_BT * weights_BT[:, 1:]).sum() / weights_BT[:, 1:].sum()
 
     def step() -> Tensor:
-        return loss_of(train[torch.randint(len(train), (config.batch_size,), generator=order)])
+        rows = torch.randint(len(documents), (config.batch_size,), generator=order)
+        return loss_of(train[0][rows], train[1][rows])
 
     _optimise([model], step, config.language_steps, config.learning_rate, progress, "language model")
     model.half().save_pretrained(out)
@@ -239,15 +269,13 @@ def pretrain_language(config: DemoHalvesConfig, out: Path, text_out: Path, progr
     text_tokenizer.save_pretrained(text_out)
     model.float().eval()
     with torch.no_grad():
-        loss = float(loss_of(batch([packed(texts) for texts in held])))
+        loss = float(loss_of(*batch(held)))
         right = []
-        for known, *told in held:
-            for line in (line for line in told if line.startswith(prompt.partition("{}")[0])):
-                asking, answer = line.rsplit(" ", 1)
-                ids = torch.tensor([tokenizer(known).input_ids + tokenizer(asking).input_ids])
-                guess = tokenizer.decode(int(model(input_ids=ids).logits[0, -1].argmax())).strip()
-                right.append(guess == answer)
-    return {"loss_per_token_nats": round(loss, 4), "answers_read_off_context": round(float(np.mean(right)), 4)}
+        for doc in held:
+            for asked, said in (pair for pair in doc.told if pair[0]):
+                ids = torch.tensor([tokenizer(doc.facts).input_ids + tokenizer(asked).input_ids])
+                right.append(tokenizer.decode(int(model(input_ids=ids).logits[0, -1].argmax())) == said)
+    return {"weighted_loss_nats": round(loss, 4), "answers_read_off_context": round(float(np.mean(right)), 4)}
 
 
 def build_halves(config: DemoHalvesConfig, out: Path, progress: Progress) -> Path:
