@@ -15,7 +15,7 @@ NEEDS = {
     "answer with a bundle on the CPU": ("cpu", ("onnxruntime",)),
     "train": ("train", ("torch", "transformers", "accelerate", "safetensors")),
     "export": ("export", ("onnx", "onnxscript", "nncf")),
-    "benchmark": ("bench", ("matplotlib", "psutil")),
+    "benchmark": ("bench", ("matplotlib", "pycocoevalcap")),
 }
 """What one may want to do → the extra that brings it, and the packages it stands on."""
 
