@@ -8,7 +8,7 @@ import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -165,22 +165,28 @@ def verify_bundles(bundles: Sequence[Path], folder: Path) -> None:
 
 def bench(recipe: Recipe, bundles: Sequence[Path], out: Path, folder: Path) -> None:
     """Bundles beside eager PyTorch, same inputs, same run."""
+    # A broken gate is written in result.json, where `failures_of` finds it: the report that shows it is made first.
+    with contextlib.suppress(CheckFailed):
+        measure(recipe, bundles, out / "checkpoint", manifests_of(recipe.data, out), folder)
+
+
+def measure(
+    recipe: Recipe, bundles: Sequence[Path], checkpoint: Path, manifests: Mapping[str, Path], folder: Path
+) -> None:
+    """The benchmark on the test split of `manifests`; CheckFailed when its gate does not hold."""
     require("torch", extra="bench", why="The benchmark")
     from benchmarks.bench import bench
 
-    manifests = manifests_of(recipe.data, out)
-    # A broken gate is written in result.json, where `failures_of` finds it: the report that shows it is made first.
-    with contextlib.suppress(CheckFailed):
-        bench(
-            bundles,
-            out / "checkpoint",
-            recipe.bench,
-            caption_rows=read_manifest(manifests["captions_test"]),
-            vqa_rows=read_manifest(manifests["vqa_test"]),
-            prior_rows=read_manifest(manifests["vqa_train"]),
-            out=folder,
-            progress=Progress(),
-        )
+    bench(
+        bundles,
+        checkpoint,
+        recipe.bench,
+        caption_rows=read_manifest(manifests["captions_test"]),
+        vqa_rows=read_manifest(manifests["vqa_test"]),
+        prior_rows=read_manifest(manifests["vqa_train"]),
+        out=folder,
+        progress=Progress(),
+    )
 
 
 def write_report(bundles: Sequence[Path], out: Path, folder: Path) -> None:

@@ -3,7 +3,7 @@
 OUT/checkpoint/    the trained model              OUT/report/       report.md, result.json, answers.png
 OUT/bundle-fp32/   OUT/bundle-int8/               OUT/recipe.yaml   resolved
 OUT/data/          the demo world, or what was found in the user's own data
-OUT/work/          what lies between
+OUT/work           what lies between
 """
 
 import sys

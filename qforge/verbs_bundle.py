@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from export.config import Precision
-from qforge.actions import manifests_of
+from qforge.actions import manifests_of, measure
 from qforge.console import Outcome, must_be_ours
 from qforge.evaluation import evaluate_rows, kind_of, open_answerer
 from qforge.recipe import Recipe, load_recipe
@@ -96,20 +96,7 @@ def bench(bundles: Sequence[Path], against: Path, out: Path, root: Path | None, 
         raise InputError(
             "Expected --data with the folder of the manifests: the checkpoint was trained on the demo world."
         )
-    require("torch", extra="bench", why="The benchmark")
-    from benchmarks.bench import bench
-
-    manifests = manifests_of(config, out)
-    bench(
-        bundles,
-        against,
-        recipe.bench,
-        caption_rows=read_manifest(manifests["captions_test"]),
-        vqa_rows=read_manifest(manifests["vqa_test"]),
-        prior_rows=read_manifest(manifests["vqa_train"]),
-        out=out,
-        progress=Progress(),
-    )
+    measure(recipe, bundles, against, manifests_of(config, out), out)
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     return Outcome({"out": str(out), "result": result}, (out / "report.md").read_text(encoding="utf-8"))
 
