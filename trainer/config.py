@@ -51,14 +51,22 @@ class DemoHalvesConfig(Settings):
     """Pre-train the halves in this run instead of taking the shipped ones."""
     scenes: PositiveInt = 20_000
     """Training scenes drawn for the image encoder."""
+    told_scenes: PositiveInt = 30_000
+    """Training scenes told to the language model, in about seven documents each."""
     vision_steps: PositiveInt = 1_800
     """Optimiser steps of the image encoder."""
-    language_steps: PositiveInt = 1_600
+    language_steps: PositiveInt = 3_000
     """Optimiser steps of the language model."""
-    batch_size: PositiveInt = 64
-    """Scenes, or text sequences, in a step."""
-    learning_rate: PositiveFloat = 1.5e-3
-    """Peak rate of both."""
+    note_steps: NonNegativeInt = 600
+    """The first of them, on notes alone."""
+    vision_batch_size: PositiveInt = 64
+    """Pictures in a step."""
+    language_batch_size: PositiveInt = 96
+    """Documents in a step."""
+    vision_learning_rate: PositiveFloat = 1.5e-3
+    """Peak rate of the image encoder."""
+    language_learning_rate: PositiveFloat = 1e-3
+    """Peak rate of the language model."""
     seed: NonNegativeInt = 0
     """Seed of weights, scenes and order."""
 

@@ -5,6 +5,7 @@ through the same door as CLIP and OPT do.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from trainer.config import DEMO
 hf_logging.disable_progress_bar()  # a bar for a file read in milliseconds hides ours
 
 DEMO_HALVES = Path(__file__).parent / "demo_halves"
+INITIAL_EMBEDDING = 0.1
+"""Size at which token and position embeddings of a new small language model start."""
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers, as preprocessor_config.json stores them."""
 
@@ -145,7 +148,13 @@ def new_vision_tower(*, image_size: int, patch: int, width: int, layers: int, he
 def new_language_model(
     *, vocabulary: int, width: int, layers: int, heads: int, positions: int, end: int, pad: int
 ) -> OPTForCausalLM:
-    """A small OPT-shaped language model with random weights; like OPT it begins a text with its end token."""
+    """A small OPT-shaped language model with random weights; like OPT it begins a text with its end token.
+
+    OPT's own start (0.02 everywhere) suits a width of 768; at 128 it leaves a model that for thousands of steps copies
+    only what stands beside. Here matrices start at 0.02 * sqrt(768 / width), what a layer adds to the residual stream
+    is scaled down by depth (GPT-2, section 2.3) so that the embeddings stay heard, and positions start as sinusoids
+    ("Attention is all you need", section 3.5), so that neighbours are alike from the start.
+    """
     config = OPTConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -155,8 +164,24 @@ def new_language_model(
         num_attention_heads=heads,
         max_position_embeddings=positions,
         dropout=0.0,
+        init_std=0.02 * math.sqrt(768 / width),
         bos_token_id=end,
         eos_token_id=end,
         pad_token_id=pad,
     )
-    return OPTForCausalLM(config)
+    model = OPTForCausalLM(config)
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if name.endswith(("out_proj.weight", "fc2.weight")):
+                weights.mul_((2 * layers) ** -0.5)
+        embedding = model.get_input_embeddings().weight
+        embedding.mul_(INITIAL_EMBEDDING / embedding.std())
+        embed_positions = model.model.decoder.embed_positions.weight
+        embed_positions.copy_(INITIAL_EMBEDDING * _sinusoids(len(embed_positions), width))
+    return model
+
+
+def _sinusoids(positions: int, width: int) -> Tensor:
+    """Sines, then cosines, of wavelengths from 2 pi to 20,000 pi positions: [positions, width]."""
+    angles = torch.arange(positions)[:, None] * 10_000 ** (-torch.arange(0, width, 2) / width)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

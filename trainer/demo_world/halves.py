@@ -2,7 +2,7 @@
 
 The vision tower learns, supervised, what lies under each of its patches (shape, colour, size, where the object's
 centre is, which one it is from the left and from the top) and what the whole picture holds. The language model
-learns text alone: documents that tell the facts of one scene and then describe it and ask about it, so that, like a
+learns text alone: documents that tell the facts of one scene and then describe it or ask about it, so that, like a
 large one, it can read captions and answers off its context. Only train-split scenes are used. The folders are
 ordinary Hugging Face ones in fp16 (about 5 MB together).
 
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,8 @@ from runtime.preprocess import PreprocessSettings, preprocess
 from runtime.progress import Progress
 from trainer.config import DemoHalvesConfig, ModelConfig
 from trainer.demo_world.draw import draw
-from trainer.demo_world.language import QuestionWriter, captions, facts
-from trainer.demo_world.scene import COLOURS, RADIUS, SHAPES, WIDE, Scene, random_scenes
+from trainer.demo_world.language import QuestionWriter, captions, facts, notes
+from trainer.demo_world.scene import COLOURS, RADIUS, SHAPES, WIDE, Scene, Split, random_scenes
 from trainer.towers import new_language_model, new_vision_tower
 
 SIDE, PATCH = 64, 8
@@ -47,11 +48,14 @@ LABELS: dict[str, list[str]] = {
     "from_top": list(PLACES),
 }
 """What a patch is asked about the object it shows."""
-DOCUMENT_TOKENS = 112
-QUESTIONS = 5
-"""Questions asked in one document."""
+DOCUMENT_TOKENS = 54
+"""Documents are cut here; notes fill up what the facts leave."""
+QUESTIONS = 4
+"""Questions asked about one scene, each in a document of its own."""
+NOTES = 6
+"""Most notes in one document."""
 OPEN_WEIGHT, ANSWER_WEIGHT = 0.1, 4.0
-"""Weight of a token the facts do not decide (facts, wording of questions) and of an answer; a caption's token has 1."""
+"""Weight of a token the facts do not decide (facts, wording of questions) and of an answer; what else is told has 1."""
 
 
 # Shape letters: B images, N patches, E image width, T tokens
@@ -105,11 +109,11 @@ def pretrain_vision(config: DemoHalvesConfig, out: Path, progress: Progress) -> 
     order = torch.Generator().manual_seed(config.seed)
 
     def step() -> Tensor:
-        rows = torch.randint(len(train[0]), (config.batch_size,), generator=order)
+        rows = torch.randint(len(train[0]), (config.vision_batch_size,), generator=order)
         pixels, patches, centres, pictures = (part[rows] for part in train)
         return teacher(tower(_to_float(pixels)).last_hidden_state, patches, centres, pictures)
 
-    _optimise([tower, teacher], step, config.vision_steps, config.learning_rate, progress, "vision tower")
+    _optimise([tower, teacher], step, config.vision_steps, config.vision_learning_rate, progress, "vision tower")
     tower.half().save_pretrained(out)
     stored = {
         "image_mean": PIXELS.mean,
@@ -164,29 +168,41 @@ def _optimise(
 
 @dataclass(frozen=True)
 class Document:
-    """One scene as text: its facts, then in any order a caption and questions with their answers."""
+    """One scene as text: its facts, then what a reader of the facts can say."""
 
     facts: str
     told: tuple[tuple[str, str], ...]
-    """(prompt, what follows it); a caption has an empty prompt."""
+    """(what is given, what follows from it and the facts); nothing is given for a caption."""
+    weight: float
+    """How much a token of what follows counts."""
 
 
-def document(scene: Scene, writer: QuestionWriter, rng: np.random.Generator, prompt: str) -> Document:
-    """Facts, one caption and five questions about a scene."""
-    told = [("", str(rng.choice(captions(scene))))]
-    told += [(prompt.format(q.text), f" {q.answer}") for q in writer.ask(scene, QUESTIONS)]
-    return Document(facts(scene), tuple(told[i] for i in rng.permutation(len(told))))
+def documents(scene: Scene, writer: QuestionWriter, rng: np.random.Generator, prompt: str) -> list[Document]:
+    """Short documents about a scene: a caption, questions one by one, and notes.
+
+    The notes ("the star blue small", "the stars: 2") are there for density: a dozen words in one document that only a
+    look into the facts decides. The model begins with them alone; without them it guesses among the colours it sees
+    for thousands of steps.
+    """
+    told = facts(scene)
+    made = [Document(told, (("", str(rng.choice(captions(scene)))),), 1.0)]
+    for question in writer.ask(scene, QUESTIONS):
+        made.append(Document(told, ((prompt.format(question.text), f" {question.answer}"),), ANSWER_WEIGHT))
+    if len(scene.objects) > 1:
+        for page in notes(scene, rng, WIDE).values():
+            made.append(Document(told, tuple(page[i] for i in rng.permutation(len(page))[:NOTES]), 1.0))
+    return made
 
 
 def weighted_tokens(tokenizer: PreTrainedTokenizerFast, doc: Document) -> tuple[list[int], list[float]]:
     """Token ids of a document and how much each counts: what the facts decide counts more than what they do not."""
     ids = tokenizer(doc.facts).input_ids  # every text begins with </s>
     weights = [OPEN_WEIGHT] * len(ids)
-    for asked, said in doc.told:
-        heard, spoken = tokenizer(asked).input_ids, tokenizer(said, add_special_tokens=False).input_ids
+    for given, said in doc.told:
+        heard, spoken = tokenizer(given).input_ids, tokenizer(said, add_special_tokens=False).input_ids
         ids += heard + spoken
-        weights += [OPEN_WEIGHT] * len(heard) + [ANSWER_WEIGHT if asked else 1.0] * len(spoken)
-    return [*ids, tokenizer.eos_token_id], [*weights, OPEN_WEIGHT]
+        weights += [OPEN_WEIGHT] * len(heard) + [doc.weight] * len(spoken)
+    return [*ids, tokenizer.eos_token_id], [*weights, 1.0]
 
 
 def train_tokenizers(texts: list[str]) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
@@ -234,36 +250,43 @@ def pretrain_language(config: DemoHalvesConfig, out: Path, text_out: Path, progr
     torch.manual_seed(config.seed)
     rng, writer = np.random.default_rng(config.seed), QuestionWriter(config.seed, WIDE)
     prompt = ModelConfig().vqa_prompt
-    drawn = config.seed + 2000
-    documents = [document(s, writer, rng, prompt) for s in random_scenes(config.scenes, "train", drawn, WIDE)]
-    held = [document(s, writer, rng, prompt) for s in random_scenes(128, "val", drawn, WIDE)]
+
+    def written(scenes_told: int, split: Split) -> list[Document]:
+        scenes = random_scenes(scenes_told, split, config.seed + 2000, WIDE)
+        return [doc for scene in scenes for doc in documents(scene, writer, rng, prompt)]
+
+    train_docs, held = written(config.told_scenes, "train"), written(128, "val")
     tokenizer, text_tokenizer = train_tokenizers(
-        [text for doc in documents for text in (doc.facts, *(asked + said for asked, said in doc.told))]
+        [text for doc in train_docs for text in (doc.facts, *(given + said for given, said in doc.told))]
     )
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     model = new_language_model(vocabulary=len(tokenizer), width=128, layers=4, heads=4, positions=256, end=end, pad=pad)
 
     def batch(docs: list[Document]) -> tuple[Tensor, Tensor]:
-        """Ids and weights [B, T], cut or padded to the same length; padding has no weight."""
+        """Ids and weights [B, T], cut or padded on the right to the same length; padding has no weight."""
         ids, weights = torch.full((len(docs), DOCUMENT_TOKENS), pad), torch.zeros(len(docs), DOCUMENT_TOKENS)
         for row, doc in enumerate(docs):
             tokens, counts = (part[:DOCUMENT_TOKENS] for part in weighted_tokens(tokenizer, doc))
             ids[row, : len(tokens)], weights[row, : len(tokens)] = torch.tensor(tokens), torch.tensor(counts)
         return ids, weights
 
-    train = batch(documents)
-    order = torch.Generator().manual_seed(config.seed)
+    train = batch(train_docs)
+    every = torch.arange(len(train_docs))
+    dense = torch.tensor([i for i, doc in enumerate(train_docs) if len(doc.told) > 1])
+    order, taken = torch.Generator().manual_seed(config.seed), count()
 
     def loss_of(ids_BT: Tensor, weights_BT: Tensor) -> Tensor:
-        logits = model(input_ids=ids_BT, attention_mask=(ids_BT != pad).long()).logits
-        loss_BT = F.cross_entropy(logits[:, :-1].mT, ids_BT[:, 1:], reduction="none")
-        return (loss_BT * weights_BT[:, 1:]).sum() / weights_BT[:, 1:].sum()
+        logits = model(input_ids=ids_BT).logits  # what follows a token, pads included, never reaches it
+        weights = weights_BT[:, 1:].flatten()
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
+        return (losses * weights).sum() / weights.sum()
 
     def step() -> Tensor:
-        rows = torch.randint(len(documents), (config.batch_size,), generator=order)
+        among = dense if next(taken) < config.note_steps else every
+        rows = among[torch.randint(len(among), (config.language_batch_size,), generator=order)]
         return loss_of(train[0][rows], train[1][rows])
 
-    _optimise([model], step, config.language_steps, config.learning_rate, progress, "language model")
+    _optimise([model], step, config.language_steps, config.language_learning_rate, progress, "language model")
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     text_tokenizer.save_pretrained(text_out)
@@ -271,10 +294,10 @@ def pretrain_language(config: DemoHalvesConfig, out: Path, text_out: Path, progr
     with torch.no_grad():
         loss = float(loss_of(*batch(held)))
         right = []
-        for doc in held:
-            for asked, said in (pair for pair in doc.told if pair[0]):
-                ids = torch.tensor([tokenizer(doc.facts).input_ids + tokenizer(asked).input_ids])
-                right.append(tokenizer.decode(int(model(input_ids=ids).logits[0, -1].argmax())) == said)
+        for doc in (doc for doc in held if doc.weight == ANSWER_WEIGHT):
+            asked, said = doc.told[0]
+            ids = torch.tensor([tokenizer(doc.facts).input_ids + tokenizer(asked).input_ids])
+            right.append(tokenizer.decode(int(model(input_ids=ids).logits[0, -1].argmax())) == said)
     return {"weighted_loss_nats": round(loss, 4), "answers_read_off_context": round(float(np.mean(right)), 4)}
 
 

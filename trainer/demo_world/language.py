@@ -8,6 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 
@@ -55,10 +56,56 @@ def captions(scene: Scene) -> tuple[str, ...]:
 def facts(scene: Scene) -> str:
     """Everything a picture shows in telegram style: background, then each object from left to right.
 
-    Places are cells of a 5 x 5 grid, column letter and row number: "plain small red circle a3 large blue star d1".
+    Places are squares of a chessboard, column letter and row number: "plain small red circle a3 large blue star d1".
     """
-    told = [f"{name(o)} {'abcde'[min(4, int(o.x * 5))]}{1 + min(4, int(o.y * 5))}" for o in scene.objects]
+    told = [f"{name(o)} {'abcdefgh'[min(7, int(o.x * 8))]}{1 + min(7, int(o.y * 8))}" for o in scene.objects]
     return " ".join(["cluttered" if scene.cluttered else "plain", *told])
+
+
+Note = tuple[str, str]
+"""(what is given, what the facts decide)."""
+
+
+def notes(scene: Scene, rng: np.random.Generator, palette: Palette) -> dict[str, list[Note]]:
+    """What the facts say about attributes, places and numbers, in few words; kinds without a note are left out."""
+    pages = {"attributes": _attributes(scene), "places": _places(scene), "numbers": _numbers(scene, rng, palette)}
+    return {kind: page for kind, page in pages.items() if page}
+
+
+def _attributes(scene: Scene) -> list[Note]:
+    """Such as ("the star", " blue small"), for unique shapes and colours; the size where it is clear whose it is."""
+    objects = scene.objects
+    pairs = Counter((o.colour, o.shape) for o in objects)
+    said = [(o.shape, o.colour, o) for o in (objects[i] for i in _unique([o.shape for o in objects]))]
+    said += [(o.colour, o.shape, o) for o in (objects[i] for i in _unique([o.colour for o in objects]))]
+    return [(f"the {of}", f" {is_}" + (f" {o.size}" if pairs[o.colour, o.shape] == 1 else "")) for of, is_, o in said]
+
+
+def _places(scene: Scene) -> list[Note]:
+    """Such as ("the blue star, the red circle:", " above"), where it is clear."""
+    pairs = [f"{o.colour} {o.shape}" for o in scene.objects]
+    return [
+        (f"the {pairs[i]}, the {pairs[j]}:", f" {where}")
+        for i, j in permutations(_unique(pairs), 2)
+        if (where := relation(scene.objects[i], scene.objects[j])) is not None
+    ]
+
+
+def _numbers(scene: Scene, rng: np.random.Generator, palette: Palette) -> list[Note]:
+    """Such as ("the red objects:", " 2"), ("the red stars:", " 0"): what is there, and near misses."""
+    shapes, colours = [o.shape for o in scene.objects], [o.colour for o in scene.objects]
+    asked_shapes = sorted({*shapes, str(rng.choice(palette.shapes))})
+    asked_colours = sorted({*colours, str(rng.choice(palette.colours))})
+    said = [(f"the {colour} objects:", colours.count(colour)) for colour in asked_colours]
+    for shape in asked_shapes:
+        said.append((f"the {_plural(shape)}:", shapes.count(shape)))
+        colour = str(rng.choice(asked_colours))
+        said.append((f"the {colour} {_plural(shape)}:", list(zip(colours, shapes, strict=True)).count((colour, shape))))
+    return [(of, f" {number}") for of, number in said]
+
+
+def _plural(shape: str) -> str:
+    return "crosses" if shape == "cross" else f"{shape}s"
 
 
 _OBJECT = re.compile(rf"a ({'|'.join(RADIUS)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
@@ -109,8 +156,7 @@ def candidates(scene: Scene, rng: np.random.Generator, palette: Palette) -> Iter
     for colour in palette.colours:
         yield Question("count", f"how many {colour} objects are there?", str(colours.count(colour)))
     for shape in palette.shapes:
-        plural = "crosses" if shape == "cross" else f"{shape}s"
-        yield Question("count", f"how many {plural} are there?", str(shapes.count(shape)))
+        yield Question("count", f"how many {_plural(shape)} are there?", str(shapes.count(shape)))
         yield Question("existence", f"is there a {shape}?", _yes(shape in shapes))
     for colour in palette.colours:
         yield Question("existence", f"is there {_a(colour)} object?", _yes(colour in colours))
