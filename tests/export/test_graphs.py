@@ -5,9 +5,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from export.graphs import Graph, LanguageGraph, graphs_of
+from export.graphs import Graph, graphs_of
+from export.language_modules import LanguageGraph
 from runtime.errors import InputError
 from trainer.blip2 import Blip2
+from trainer.language import require_prefix
 
 WIDTH = 32
 
@@ -123,4 +125,4 @@ def test_a_language_model_without_inputs_embeds_is_refused() -> None:
             return input_ids
 
     with pytest.raises(InputError, match="Reader takes no `inputs_embeds`"):
-        LanguageGraph(Reader())
+        require_prefix(Reader())
