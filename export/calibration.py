@@ -19,7 +19,7 @@ from runtime.errors import DataError, ImageError
 from runtime.image_encoder import pad_questions
 from runtime.preprocess import load_image, preprocess
 from runtime.progress import Progress
-from runtime.text import normalise_question
+from runtime.text import qformer_text
 from trainer.blip2 import Blip2, text_batch
 
 
@@ -98,11 +98,17 @@ def calibration_feeds(
 
 
 def question_ids(model: Blip2, request: Request) -> tuple[int, ...] | None:
-    """Q-Former ids of a request as the trainer makes them; None for a caption or where questions are not read."""
-    if request.question is None or not model.question_conditioned:
+    """Q-Former ids of a request as the trainer makes them; None where it reads no text for this request."""
+    if not model.question_conditioned:
         return None
-    batch = text_batch(model, [normalise_question(request.question)])
-    return tuple(batch.ids[0].tolist())
+    text = _condition(model, request)
+    return None if text is None else tuple(text_batch(model, [text]).ids[0].tolist())
+
+
+def _condition(model: Blip2, request: Request) -> str | None:
+    config = model.config
+    prompt = request.filled_prompt(caption=config.caption_prompt, vqa=config.vqa_prompt)
+    return qformer_text(config.qformer_reads, request.question, prompt)
 
 
 def _questions_by_image(rows: Sequence[Row]) -> dict[Path, list[str]]:
@@ -117,7 +123,11 @@ def _questions_by_image(rows: Sequence[Row]) -> dict[Path, list[str]]:
 def _requests(model: Blip2, image: Path, asked: Sequence[str], rng: np.random.Generator) -> list[Request]:
     """A caption, and one of the questions; those that the Q-Former would have to cut are left out."""
     longest = model.config.qformer.max_text_tokens
-    fitting = [text for text in asked if len(model.text_tokenizer(normalise_question(text)).input_ids) <= longest]
+    fitting = [
+        question
+        for question in asked
+        if len(model.text_tokenizer(_condition(model, Request(image, question)) or "").input_ids) <= longest
+    ]
     return [Request(image), *(Request(image, question) for question in rng.permutation(fitting)[:1].tolist())]
 
 

@@ -38,7 +38,7 @@ class ExportConfig(Settings):
     max_batch: PositiveInt = 8
     """Largest batch (requests) the graphs are run and checked with."""
     max_positions: PositiveInt | None = None
-    """Positions (image, prompt and answer) of the language model; null: all it was made for."""
+    """Positions (image, prompt and answer) of the language model; null: all it was made for, 512 if it states none."""
     fp32: Tolerance = Tolerance(max_error=1e-4, min_cosine=0.99999, differing_answers=0.0)
     """For graphs in fp32: the order of additions may differ, an answer may not."""
     int8: Tolerance = Tolerance(max_error=0.3, min_cosine=0.98, differing_answers=0.5)

@@ -9,28 +9,32 @@ from export.config import ExportConfig, Precision
 from runtime.errors import InputError
 from runtime.files import sha256_of
 from runtime.manifest import Generation, Limits, Manifest, ModelFacts
+from runtime.speaker import LANGUAGE_GRAPHS
 from trainer.blip2 import Blip2
 from trainer.checkpoint import WEIGHTS
 
+UNSTATED_POSITIONS = 512
+"""Positions of a language model that has no table of them (T5's are relative): what T5 was trained with."""
 LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "nncf")
 
 
 def precision_of(manifest: Manifest, graph: str) -> Precision:
     """Numeric type of one graph; the token embedding is looked up, not computed with, and stays fp32."""
-    own: dict[str, Precision] = {"language": manifest.language_precision, "embed": "fp32"}
+    language = dict.fromkeys(LANGUAGE_GRAPHS[manifest.model.style], manifest.language_precision)
+    own: dict[str, Precision] = {**language, "embed": "fp32"}
     return own.get(graph, manifest.precision)
 
 
 def limits(model: Blip2, config: ExportConfig) -> Limits:
     """What the graphs can be asked for; InputError when the language model cannot meet the settings."""
     trained = getattr(model.language_model.config, "max_position_embeddings", None)
-    positions = config.max_positions or trained
-    if positions is None:
-        raise InputError("export.max_positions: this language model states no limit of its own; set one")
+    positions = config.max_positions or trained or UNSTATED_POSITIONS
     if trained is not None and positions > trained:
         raise InputError(f"export.max_positions: expected at most {trained} (the language model's), found {positions}")
     queries, wanted = model.config.qformer.queries, model.config.max_new_tokens
-    if queries + wanted > positions:
+    # An encoder-decoder reads and says in places of their own.
+    sayable = positions - queries if model.style == "decoder-only" else positions
+    if queries >= positions or wanted > sayable:
         raise InputError(
             f"export.max_positions: {queries} queries and {wanted} new tokens need more than {positions} positions; "
             f"raise it or lower model.max_new_tokens"
@@ -39,27 +43,29 @@ def limits(model: Blip2, config: ExportConfig) -> Limits:
         max_batch=config.max_batch,
         max_positions=positions,
         max_question_tokens=model.config.qformer.max_text_tokens if model.question_conditioned else 0,
-        max_new_tokens=positions - queries,
+        max_new_tokens=sayable,
     )
 
 
 def model_facts(model: Blip2) -> ModelFacts:
     """Sizes of the model."""
     return ModelFacts(
-        style="decoder-only",
+        style=model.style,
         queries=model.config.qformer.queries,
         qformer_width=model.config.qformer.width,
         language_width=model.language_model.get_input_embeddings().embedding_dim,
         question_conditioned=model.question_conditioned,
+        qformer_reads=model.config.qformer_reads,
     )
 
 
 def generation(model: Blip2) -> Generation:
     """Defaults of decoding."""
     return Generation(
-        eos_token_ids=(model.end_token_id,),
-        pad_token_id=model.tokenizer.pad_token_id,
+        eos_token_ids=model.end_token_ids,
+        pad_token_id=model.pad_token_id,
         max_new_tokens=model.config.max_new_tokens,
+        start_token_id=model.start_token_id,
     )
 
 

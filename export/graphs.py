@@ -1,14 +1,13 @@
-"""What becomes a graph: four thin modules around the trained model, and the one table of their names and sizes.
+"""What becomes a graph: thin modules around the trained model, and the one table of their names and sizes.
 
-The wrappers rewrite nothing. They put the parts together as the runtime calls them and flatten the KV cache into named
-tensors, because transformers' cache objects do not survive tracing. One language graph serves prefill (past = 0) and
-every further step.
+The wrappers rewrite nothing, they put the parts together as the runtime calls them; those of the language model are in
+export/language_modules.py. A decoder-only language model is one graph that serves prefill (past = 0) and every further
+step; an encoder-decoder is two, of which the first runs once.
 
 Shape letters: B batch, C H W pixels, N image tokens, E image width, Q queries, D language width, T question or prompt
-tokens, S new positions, P cached positions, h heads, d head width, V vocabulary
+tokens
 """
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache
 
+from export.language_modules import DecoderGraph, EmbedGraph, EncoderGraph, LanguageGraph
 from runtime.errors import InputError
 from trainer.blip2 import Blip2
 
 Arrays = dict[str, npt.NDArray[Any]]
-BATCH, PAST, NEW, TOKENS = 2, 5, 3, 7
+BATCH, PAST, NEW, TOKENS, READ = 2, 5, 3, 7, 9
 """Sizes of the traced example: at least 2 and all different, because the exporter freezes 0 and 1 and merges equals."""
 
 
@@ -49,6 +49,9 @@ class Graph:
     inputs: dict[str, InputPlan]
     outputs: dict[str, Axes]
     """Name → its varying axes, in the module's order."""
+    hidden: frozenset[str] = frozenset()
+    """Outputs [B, h, L, d] that say nothing where `attention_mask` is 0: a row padded on the left is empty there, and
+    what comes of an empty row differs from engine to engine."""
 
     def run_eager(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """What PyTorch gives: the slow path that judges the traced graph."""
@@ -84,63 +87,14 @@ class QFormerGraph(nn.Module):
         return (self.bridge.prefix(image_embeds_BNE, *question),)
 
 
-class EmbedGraph(nn.Module):
-    """The language model's own token embedding."""
-
-    def __init__(self, model: Blip2) -> None:
-        super().__init__()
-        self.embedding = model.language_model.get_input_embeddings()
-
-    def forward(self, input_ids_BT: Tensor) -> tuple[Tensor]:
-        """inputs_embeds [B, T, D]."""
-        return (self.embedding(input_ids_BT),)
-
-
-class LanguageGraph(nn.Module):
-    """A decoder-only language model with its cache as plain tensors, key and value of each layer in turn.
-
-    Positions count the 1s of the mask, so rows padded on the left count like rows without padding.
-    """
-
-    def __init__(self, language_model: PreTrainedModel) -> None:
-        super().__init__()
-        self.language_model = language_model
-        parameters = inspect.signature(language_model.forward).parameters
-        self.takes_positions = "position_ids" in parameters  # models that do not take them derive them from the mask
-        if "inputs_embeds" not in parameters:
-            raise InputError(
-                f"{type(language_model).__name__} takes no `inputs_embeds`, so no image prefix can be put before its "
-                f"text; choose another language model"
-            )
-
-    def forward(self, embeds_BSD: Tensor, mask_BL: Tensor, *past_BhPd: Tensor) -> tuple[Tensor, ...]:
-        """Logits after the last position [B, V], then present keys and values [B, h, L, d]; L = P + S."""
-        cache = DynamicCache(config=self.language_model.config)
-        for layer, (keys, values) in enumerate(zip(past_BhPd[::2], past_BhPd[1::2], strict=True)):
-            cache.update(keys, values, layer)
-        extra = {}
-        if self.takes_positions:
-            extra["position_ids"] = (mask_BL.cumsum(-1) - 1).clamp(min=0)[:, past_BhPd[0].shape[2] :]
-        result = self.language_model(
-            inputs_embeds=embeds_BSD,
-            attention_mask=mask_BL,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **extra,
-        )
-        present = [tensor for layer in result.past_key_values.layers for tensor in (layer.keys, layer.values)]
-        return (result.logits[:, -1], *present)
-
-
 def graphs_of(model: Blip2) -> dict[str, Graph]:
     """The graphs of a bundle, in the order the runtime runs them.
 
     Raises:
-        InputError: the language model cannot take an image prefix.
+        InputError: the language model keeps no plain key-value cache.
     """
-    graphs = (_vision(model), _qformer(model), _embed(model), _language(model))
-    return {graph.name: graph for graph in graphs}
+    language = (_language(model),) if model.style == "decoder-only" else (_encoder(model), _decoder(model))
+    return {graph.name: graph for graph in (_vision(model), _qformer(model), _embed(model), *language)}
 
 
 def _vision(model: Blip2) -> Graph:
@@ -162,21 +116,83 @@ def _qformer(model: Blip2) -> Graph:
 
 def _embed(model: Blip2) -> Graph:
     ids = InputPlan(torch.ones(BATCH, TOKENS, dtype=torch.long), {0: "batch", 1: "tokens"})
-    return Graph("embed", EmbedGraph(model).eval(), {"input_ids": ids}, {"inputs_embeds": {0: "batch", 1: "tokens"}})
+    module = EmbedGraph(model.language_model).eval()
+    return Graph("embed", module, {"input_ids": ids}, {"inputs_embeds": {0: "batch", 1: "tokens"}})
 
 
 def _language(model: Blip2) -> Graph:
-    module = LanguageGraph(model.language_model).eval()
-    width = model.language_model.get_input_embeddings().embedding_dim
-    with torch.no_grad():  # one short run tells layers, heads and head width of any family
-        cache = model.language_model(inputs_embeds=torch.zeros(1, 1, width), use_cache=True).past_key_values
-    embeds = InputPlan(torch.zeros(BATCH, NEW, width), {0: "batch", 1: "new"})
-    mask = InputPlan(torch.ones(BATCH, PAST + NEW, dtype=torch.long), {0: "batch", 1: "past + new"})
-    inputs: dict[str, InputPlan] = {"inputs_embeds": embeds, "attention_mask": mask}
-    outputs: dict[str, Axes] = {"logits": {0: "batch"}}
+    past = _cache_inputs("past", _caches(model)[0], PAST, "past")
+    inputs = {
+        "inputs_embeds": InputPlan(torch.zeros(BATCH, NEW, _width(model)), {0: "batch", 1: "new"}),
+        "attention_mask": InputPlan(torch.ones(BATCH, PAST + NEW, dtype=torch.long), {0: "batch", 1: "past + new"}),
+        **past,
+    }
+    present: dict[str, Axes] = {_present(name): {0: "batch", 2: "past + new"} for name in past}
+    outputs = {"logits": {0: "batch"}, **present}
+    return Graph("language", LanguageGraph(model.language_model).eval(), inputs, outputs, frozenset(present))
+
+
+def _encoder(model: Blip2) -> Graph:
+    embeds = InputPlan(torch.zeros(BATCH, READ, _width(model)), {0: "batch", 1: "read"})
+    cross: dict[str, Axes] = {
+        name: {0: "batch", 2: "read"} for name in _cache_inputs("cross", _caches(model)[1], READ, "read")
+    }
+    return Graph(
+        "encoder",
+        EncoderGraph(model.language_model).eval(),
+        {"inputs_embeds": embeds, "attention_mask": _read_mask()},
+        {"encoder_hidden": {0: "batch", 1: "read"}, **cross},
+    )
+
+
+def _decoder(model: Blip2) -> Graph:
+    own, cross = _caches(model)
+    past = _cache_inputs("past", own, PAST, "past")
+    inputs = {
+        "inputs_embeds": InputPlan(torch.zeros(BATCH, 1, _width(model)), {0: "batch"}),  # one token a step, always
+        "attention_mask": _read_mask(),
+        **past,
+        **_cache_inputs("cross", cross, READ, "read"),
+    }
+    present: dict[str, Axes] = {_present(name): {0: "batch", 2: "past + 1"} for name in past}
+    return Graph("decoder", DecoderGraph(model.language_model).eval(), inputs, {"logits": {0: "batch"}, **present})
+
+
+def _width(model: Blip2) -> int:
+    return int(model.language_model.get_input_embeddings().embedding_dim)
+
+
+def _read_mask() -> InputPlan:
+    return InputPlan(torch.ones(BATCH, READ, dtype=torch.long), {0: "batch", 1: "read"})
+
+
+def _present(past: str) -> str:
+    return past.replace("past_", "present_", 1)
+
+
+@torch.no_grad()
+def _caches(model: Blip2) -> tuple[DynamicCache, DynamicCache]:
+    """Own and cross-attention cache after one position: tells layers, heads and head widths of any family."""
+    one_11D = torch.zeros(1, 1, _width(model))
+    also = {} if model.style == "decoder-only" else {"decoder_inputs_embeds": one_11D}
+    cache = model.language_model(inputs_embeds=one_11D, use_cache=True, **also).past_key_values
+    if isinstance(cache, EncoderDecoderCache):
+        return cache.self_attention_cache, cache.cross_attention_cache
+    return cache, DynamicCache()
+
+
+def _cache_inputs(kind: str, cache: DynamicCache, positions: int, axis: str) -> dict[str, InputPlan]:
+    """`kind_key_0`, `kind_value_0`, `kind_key_1` … with so many cached positions."""
+    plans = {}
     for i, layer in enumerate(cache.layers):
-        for kind, seen in (("key", layer.keys), ("value", layer.values)):
+        for part in ("key", "value"):
+            seen = getattr(layer, f"{part}s", None)
+            if not isinstance(seen, Tensor):
+                raise InputError(
+                    f"{type(layer).__name__}: expected a language model that caches keys and values in every layer, "
+                    f"found another state in layer {i}; choose another language model"
+                )
             _, heads, _, head_width = seen.shape
-            inputs[f"past_{kind}_{i}"] = InputPlan(torch.zeros(BATCH, heads, PAST, head_width), {0: "batch", 2: "past"})
-            outputs[f"present_{kind}_{i}"] = {0: "batch", 2: "past + new"}
-    return Graph("language", module, inputs, outputs)
+            example = torch.zeros(BATCH, heads, positions, head_width)
+            plans[f"{kind}_{part}_{i}"] = InputPlan(example, {0: "batch", 2: axis})
+    return plans

@@ -74,7 +74,7 @@ class Judge:
         self._require_finite(found, f"the {self._precision} graph gives", "eager PyTorch does not")
         case = _case_of(feeds)
         for name in expected:
-            self._compare(case, name, *(_seen(side[name], name, feeds) for side in (expected, found)))
+            self._compare(case, name, *(self._seen(side[name], name, feeds) for side in (expected, found)))
         if case not in self.cases:
             self.cases[case] = self._recorded(case, feeds, expected)
         return expected
@@ -99,6 +99,13 @@ class Judge:
         parity.cosine = min(parity.cosine, _cosine(found, expected))
         parity.runs += 1
 
+    def _seen(self, array: npt.NDArray[Any], name: str, feeds: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """Cache positions that the mask hides count as 0: their content depends on how an engine treats empty rows."""
+        if name not in self._graph.hidden:
+            return array
+        seen_BhLd: npt.NDArray[Any] = array * feeds["attention_mask"][:, None, :, None]
+        return seen_BhLd
+
     def _require_finite(self, outputs: Arrays, who: str, why: str) -> None:
         bad = {name: 1 - float(np.isfinite(array).mean()) for name, array in outputs.items()}
         worst = max(bad, key=lambda name: bad[name])
@@ -108,24 +115,16 @@ class Judge:
             )
 
     def _recorded(self, case: str, feeds: Mapping[str, npt.NDArray[Any]], expected: Arrays) -> GraphCase:
-        """Without outputs at padded positions, which nobody reads and no two engines agree on."""
-        padded = case == "prefill" and not feeds["attention_mask"].all()
-        kept = {name: array for name, array in expected.items() if not (padded and name.startswith("present_"))}
+        """Without outputs at hidden positions, which nobody reads and no two engines agree on."""
+        hidden = self._graph.hidden if case == "prefill" and not feeds["attention_mask"].all() else frozenset[str]()
+        kept = {name: array for name, array in expected.items() if name not in hidden}
         return GraphCase(self._graph.name, case, dict(feeds), kept, dict.fromkeys(kept, self._tolerance.max_error))
 
 
 def _case_of(feeds: Mapping[str, npt.NDArray[Any]]) -> str:
-    """prefill or step for the language graph; the others have one case."""
+    """prefill or step for a graph with a cache; the others have one case."""
     past = feeds.get("past_key_0")
     return "run" if past is None else "prefill" if past.shape[2] == 0 else "step"
-
-
-def _seen(array: npt.NDArray[Any], name: str, feeds: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """Cache positions that the mask hides count as 0: their content depends on how an engine treats empty rows."""
-    if not name.startswith("present_"):
-        return array
-    hidden_BhLd: npt.NDArray[Any] = array * feeds["attention_mask"][:, None, :, None]
-    return hidden_BhLd
 
 
 def _cosine(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:

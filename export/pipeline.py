@@ -27,6 +27,7 @@ from runtime.manifest import Prompts
 from runtime.pipeline import QFORMER_TOKENIZER, TOKENIZER
 from runtime.progress import Progress
 from runtime.reference import REFERENCE, write_reference
+from runtime.speaker import LANGUAGE_GRAPHS
 from trainer.blip2 import Blip2
 from trainer.checkpoint import load_checkpoint, read_config
 
@@ -153,7 +154,8 @@ def _write_precision(
         for name, feeds in calibration_feeds(model, graphs, requests).items():
             jobs.append(partial(quantize.quantize_activations, _graph_file(folder, name), feeds))
     if language_precision == "int8":
-        jobs.append(partial(quantize.quantize_weights, _graph_file(folder, "language")))
+        for name in LANGUAGE_GRAPHS[model.style]:
+            jobs.append(partial(quantize.quantize_weights, _graph_file(folder, name)))
     if jobs:
         with progress.bar("quantising", len(jobs)) as bar:
             for job in jobs:

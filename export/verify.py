@@ -1,7 +1,7 @@
 """The slow path judges the fast one: every graph and every greedy answer against eager PyTorch, on real images.
 
-The runtime's own encoder and decoder drive a `Judge` per graph (export/judge.py): batches, padding on the left,
-questions beside none, prefill and steps. Then the finished bundle answers as a user would ask, and its tokens are
+The runtime's own encoder and decoder drive a `Judge` per graph (export/judge.py): batches, padding, questions beside
+none, prefill and steps. Then the finished bundle answers as a user would ask, and its tokens are
 compared with transformers' own `generate`.
 
 Shape letters: B batch, C H W pixels, Q queries, D language width
@@ -20,7 +20,6 @@ from export.judge import Judge, Parity
 from runtime.answers import Request
 from runtime.backends import open_engine
 from runtime.bundle import Bundle
-from runtime.decoder import Decoder
 from runtime.errors import CheckFailed
 from runtime.image_encoder import ImageEncoder
 from runtime.pipeline import TOKENIZER, Pipeline
@@ -28,8 +27,8 @@ from runtime.preprocess import preprocess_batch
 from runtime.progress import Progress
 from runtime.query_cache import QueryCache
 from runtime.reference import ChainCase, GraphCase
+from runtime.speaker import open_decoder
 from runtime.stopwatch import Stopwatch
-from runtime.text import fill_prompt
 from runtime.tokenizer import TextTokenizer
 from trainer.blip2 import Blip2
 from trainer.generate import EagerPipeline
@@ -130,7 +129,7 @@ def judge_graphs(
             judge = Judge(graph, open_engine(bundle, name), precision, tolerances[precision])
             judges[name] = opened.enter_context(judge)
         encoder = ImageEncoder(judges["vision"], judges["qformer"], QueryCache(0), manifest)
-        decoder = Decoder(judges["embed"], judges["language"], manifest.generation, manifest.limits)
+        decoder = open_decoder(manifest, judges.__getitem__)
         with progress.bar("verifying graphs", len(batches), items_per_step=config.max_batch) as bar:
             for batch in batches:
                 prompts, questions = _tokens(bundle, model, batch)
@@ -184,8 +183,7 @@ def _tokens(
     """Prompt ids and Q-Former question ids of a batch as the trainer makes them; the bundle's tokenizer must agree."""
     own, prompts = TextTokenizer(bundle.file(TOKENIZER)), list[tuple[int, ...]]()
     for request in batch:
-        config = model.config
-        text = fill_prompt(config.caption_prompt if request.question is None else config.vqa_prompt, request.question)
+        text = request.filled_prompt(caption=model.config.caption_prompt, vqa=model.config.vqa_prompt)
         ids = list(model.tokenizer(text).input_ids)
         if (found := own.encode(text)) != ids:
             raise CheckFailed(f"{TOKENIZER} reads {text!r} as {found}, transformers as {ids}; nothing was written")

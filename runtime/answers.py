@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from runtime.preprocess import ImageSource
+from runtime.text import fill_prompt
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,17 @@ class Request:
     def image_name(self) -> str | None:
         """The path as it was given; None when the image came without one."""
         return str(self.image) if isinstance(self.image, str | Path) else None
+
+    def filled_prompt(self, *, caption: str, vqa: str) -> str:
+        """What the language model reads: this request's own prompt, or else the model's for a caption or a question.
+
+        Raises:
+            InputError: the template does not fit (see `runtime.text.fill_prompt`).
+        """
+        template = self.prompt
+        if template is None:
+            template = caption if self.question is None else vqa
+        return fill_prompt(template, self.question)
 
 
 @dataclass(frozen=True)

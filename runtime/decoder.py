@@ -1,4 +1,4 @@
-"""Prefix and prompt → tokens: greedy decoding with a KV cache, on named arrays.
+"""A decoder-only language model: prefix and prompt → tokens, with a KV cache, on named arrays.
 
 Rows of a batch may have prompts of different lengths. Each row is padded on its left, before the prefix, so that all
 rows end at the same position; the attention mask hides the pads and the graph counts positions by it.
@@ -7,31 +7,19 @@ Shape letters: B rows, Q queries, T prompt tokens, S prefix and prompt with pads
 V vocabulary
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from runtime.backends import Arrays, Engine
-from runtime.errors import CheckFailed, InputError
+from runtime.errors import InputError
+from runtime.greedy import Floats, Ids, check_new_tokens, choose_greedy, until_ended
 from runtime.manifest import Generation, Limits
 from runtime.stopwatch import Stopwatch
 
-Floats = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
-
-
-def choose_greedy(logits_BV: Floats) -> Ids:
-    """The likeliest token of each row, as ids_B; CheckFailed when the scores are not numbers."""
-    ids_B: Ids = logits_BV.argmax(axis=-1)
-    if np.isnan(np.take_along_axis(logits_BV, ids_B[:, None], axis=-1)).any():  # argmax stops at the first NaN
-        raise CheckFailed("graph 'language': expected numbers, found NaN; check the bundle here: qforge verify")
-    return ids_B
-
 
 class Decoder:
-    """Runs the graphs `embed` and `language` until every row has ended."""
+    """Runs the graphs `embed` and `language` until every row has ended; satisfies `runtime.greedy.TextDecoder`."""
 
     def __init__(self, embed: Engine, language: Engine, generation: Generation, limits: Limits) -> None:
         """The engines stay the caller's to close."""
@@ -39,50 +27,35 @@ class Decoder:
         self._language = language
         self._generation = generation
         self._limits = limits
-        self._past_shapes = {name: shape for name, shape in language.inputs().items() if name.startswith("past_")}
+        self._cache_shapes = cache_shapes(language)
 
     def generate(
         self, prefix_BQD: Floats, prompts: Sequence[Sequence[int]], max_new_tokens: int, watch: Stopwatch
     ) -> list[tuple[int, ...]]:
-        """Generated ids of each row, the end token excluded.
-
-        A row stops at any end token, or after `max_new_tokens`.
-
-        Raises:
-            InputError: beyond the bundle's limits (new tokens, positions).
-        """
+        """Generated ids of each row; see `TextDecoder`."""
         batch, queries, _ = prefix_BQD.shape
         self._check_limits(queries + max(len(prompt) for prompt in prompts), max_new_tokens)
         with watch.phase("prefill"):
             embeds_BSD, mask_BS = self._left_padded(prefix_BQD, prompts)
-            logits_BV, past = self._step(embeds_BSD, mask_BS, self._empty_cache(batch))
-            ids_B = choose_greedy(logits_BV)
-        answers: list[list[int]] = [[] for _ in prompts]
-        ended_B = np.zeros(batch, bool)
+            logits_BV, past = self._step(embeds_BSD, mask_BS, empty_cache(self._cache_shapes, batch))
+            ids_B = choose_greedy(logits_BV, "language")
+
+        def following(ids_B1: Ids) -> Ids:
+            nonlocal mask_BS, past
+            mask_BS = np.pad(mask_BS, ((0, 0), (0, 1)), constant_values=1)
+            logits_BV, past = self._step(embedded(self._embed, ids_B1), mask_BS, past)
+            return choose_greedy(logits_BV, "language")
+
         with watch.phase("decode"):
-            for remaining in reversed(range(max_new_tokens)):
-                ended_B |= np.isin(ids_B, self._generation.eos_token_ids)
-                for row in np.flatnonzero(~ended_B):
-                    answers[row].append(int(ids_B[row]))
-                if ended_B.all() or not remaining:
-                    break
-                ids_B1 = np.where(ended_B, self._generation.pad_token_id, ids_B)[:, None]
-                mask_BS = np.pad(mask_BS, ((0, 0), (0, 1)), constant_values=1)
-                logits_BV, past = self._step(self._embedded(ids_B1), mask_BS, past)
-                ids_B = choose_greedy(logits_BV)
-        return [tuple(ids) for ids in answers]
+            return until_ended(ids_B, following, self._generation, max_new_tokens)
 
     def _check_limits(self, prompt_positions: int, max_new_tokens: int) -> None:
-        limits = self._limits
-        if not 1 <= max_new_tokens <= limits.max_new_tokens:
-            raise InputError(
-                f"max_new_tokens: expected 1 to {limits.max_new_tokens} (this bundle's limit), found {max_new_tokens}"
-            )
+        check_new_tokens(max_new_tokens, self._limits)
         needed = prompt_positions + max_new_tokens - 1  # the last token is never fed back
-        if needed > limits.max_positions:
+        if needed > self._limits.max_positions:
             raise InputError(
                 f"prompt: image, prompt and {max_new_tokens} new tokens take {needed} positions, this bundle has "
-                f"{limits.max_positions}; shorten the prompt or lower max_new_tokens"
+                f"{self._limits.max_positions}; shorten the prompt or lower max_new_tokens"
             )
 
     def _left_padded(self, prefix_BQD: Floats, prompts: Sequence[Sequence[int]]) -> tuple[Floats, Ids]:
@@ -95,7 +68,7 @@ class Decoder:
             ids_BT = np.full((batch, longest), self._generation.pad_token_id, np.int64)
             for row, prompt in enumerate(prompts):
                 ids_BT[row, longest - len(prompt) :] = prompt
-            embeds_BSD[:, queries:] = self._embedded(ids_BT)
+            embeds_BSD[:, queries:] = embedded(self._embed, ids_BT)
         for row, prompt in enumerate(prompts):
             pads = longest - len(prompt)
             embeds_BSD[row, :pads] = 0.0
@@ -108,12 +81,19 @@ class Decoder:
         outputs = self._language.run({"inputs_embeds": embeds_BSD, "attention_mask": mask_BS, **past})
         return outputs["logits"], {name: outputs[name.replace("past_", "present_", 1)] for name in past}
 
-    def _embedded(self, ids_BT: Ids) -> Floats:
-        embeds_BTD: Floats = self._embed.run({"input_ids": ids_BT})["inputs_embeds"]
-        return embeds_BTD
 
-    def _empty_cache(self, batch: int) -> Arrays:
-        cache: dict[str, npt.NDArray[Any]] = {}
-        for name, (_, heads, _, head_width) in self._past_shapes.items():
-            cache[name] = np.zeros((batch, int(heads), 0, int(head_width)), np.float32)
-        return cache
+def embedded(embed: Engine, ids_BT: Ids) -> Floats:
+    """Token embeddings [B, T, D]."""
+    embeds_BTD: Floats = embed.run({"input_ids": ids_BT})["inputs_embeds"]
+    return embeds_BTD
+
+
+def cache_shapes(graph: Engine) -> dict[str, tuple[int, int]]:
+    """(heads, head width) of every `past_*` input of a graph."""
+    shapes = {name: shape for name, shape in graph.inputs().items() if name.startswith("past_")}
+    return {name: (int(heads), int(head_width)) for name, (_, heads, _, head_width) in shapes.items()}
+
+
+def empty_cache(shapes: Mapping[str, tuple[int, int]], batch: int) -> Arrays:
+    """A cache without positions."""
+    return {name: np.zeros((batch, heads, 0, head_width), np.float32) for name, (heads, head_width) in shapes.items()}

@@ -10,6 +10,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from runtime.preprocess import PreprocessSettings
 from runtime.settings import Settings
+from runtime.text import QFormerReads
 
 FORMAT = 1
 """The one manifest format this reader knows."""
@@ -49,16 +50,18 @@ class GraphEntry(FileEntry):
 class ModelFacts(Settings):
     """What the graphs are together."""
 
-    style: Literal["decoder-only"]
-    """Kind of language model, which decides the decode loop."""
+    style: Literal["decoder-only", "encoder-decoder", "none"]
+    """Kind of language model, which decides the decode loop; none: images and texts are matched, nothing is said."""
     queries: PositiveInt
     """Query vectors, and so prefix positions, per image."""
     qformer_width: PositiveInt
     """Hidden size of the Q-Former."""
-    language_width: PositiveInt
-    """Embedding width of the language model."""
+    language_width: PositiveInt | None
+    """Embedding width of the language model; None without one."""
     question_conditioned: bool
-    """Whether the Q-Former reads the question."""
+    """Whether the Q-Former reads a text beside the image."""
+    qformer_reads: QFormerReads = "question"
+    """Which text: the normalised question (captions have none), or the language model's whole prompt."""
 
 
 class Limits(Settings):
@@ -67,7 +70,7 @@ class Limits(Settings):
     max_batch: PositiveInt
     """Images or sequences in one run of a graph."""
     max_positions: PositiveInt
-    """Positions of the language model, prefix included."""
+    """Positions of the language model, prefix included; of an encoder-decoder those that the encoder reads."""
     max_question_tokens: NonNegativeInt
     """Question tokens the Q-Former reads; 0 when the question does not condition it."""
     max_new_tokens: PositiveInt
@@ -89,9 +92,11 @@ class Generation(Settings):
     eos_token_ids: tuple[int, ...]
     """Any of them ends an answer."""
     pad_token_id: int
-    """Fed for rows of a batch that have ended."""
+    """Fed for rows of a batch that have ended, and where prompts are shorter than the longest; the mask hides it."""
     max_new_tokens: PositiveInt
     """Tokens generated unless a request says otherwise."""
+    start_token_id: int | None = None
+    """What an encoder-decoder's decoder is fed first; None where the prompt comes first."""
 
 
 class Manifest(Settings):
@@ -106,7 +111,7 @@ class Manifest(Settings):
     precision: Literal["fp32", "int8"]
     """Of the vision and Q-Former graphs."""
     language_precision: Literal["fp32", "int8"]
-    """Of the language graph."""
+    """Of the language model's graphs."""
     limits: Limits
     """Refused beyond."""
     preprocess: PreprocessSettings
@@ -116,7 +121,7 @@ class Manifest(Settings):
     generation: Generation
     """Defaults."""
     graphs: dict[str, GraphEntry]
-    """By name: vision, qformer, embed, language."""
+    """By name: vision, qformer, embed; then language, or encoder and decoder."""
     files: dict[str, str]
     """Path inside the bundle → SHA-256 of every other file."""
     made_by: dict[str, str]

@@ -17,22 +17,22 @@ import numpy.typing as npt
 from PIL import Image
 
 from runtime.answers import Answer, Request
-from runtime.backends import open_engine
+from runtime.backends import Engine, open_engine
 from runtime.bundle import Bundle
-from runtime.decoder import Decoder
 from runtime.errors import InputError
 from runtime.image_encoder import ImageEncoder
 from runtime.preprocess import ImageSource, preprocess_batch
 from runtime.query_cache import QueryCache
+from runtime.speaker import open_decoder
 from runtime.stopwatch import Stopwatch
-from runtime.text import fill_prompt, normalise_question
+from runtime.text import qformer_text
 from runtime.tokenizer import TextTokenizer
 
 TOKENIZER = "tokenizer.json"
 """The language model's tokenizer, in every bundle."""
 
 QFORMER_TOKENIZER = "qformer_tokenizer.json"
-"""The Q-Former's tokenizer, in bundles whose Q-Former reads the question."""
+"""The Q-Former's tokenizer, in bundles whose Q-Former reads a text."""
 
 
 class Pipeline:
@@ -48,12 +48,12 @@ class Pipeline:
             TextTokenizer(bundle.file(QFORMER_TOKENIZER)) if manifest.model.question_conditioned else None
         )
         with ExitStack() as opened:
-            vision, qformer, embed, language = (
-                opened.enter_context(open_engine(bundle, name, backend, threads))
-                for name in ("vision", "qformer", "embed", "language")
-            )
-            self._encoder = ImageEncoder(vision, qformer, self.cache, manifest)
-            self._decoder = Decoder(embed, language, manifest.generation, manifest.limits)
+
+            def engine(name: str) -> Engine:
+                return opened.enter_context(open_engine(bundle, name, backend, threads))
+
+            self._encoder = ImageEncoder(engine("vision"), engine("qformer"), self.cache, manifest)
+            self._decoder = open_decoder(manifest, engine)
             self._engines = opened.pop_all()
 
     def answer(self, requests: Sequence[Request], *, max_new_tokens: int | None = None) -> list[Answer]:
@@ -120,20 +120,24 @@ class Pipeline:
         self.close()
 
     def _prompt_ids(self, request: Request) -> list[int]:
+        return self._tokenizer.encode(self._prompt(request))
+
+    def _prompt(self, request: Request) -> str:
         prompts = self.bundle.manifest.prompts
-        template = request.prompt
-        if template is None:
-            template = prompts.caption if request.question is None else prompts.vqa
-        return self._tokenizer.encode(fill_prompt(template, request.question))
+        return request.filled_prompt(caption=prompts.caption, vqa=prompts.vqa)
 
     def _question_ids(self, request: Request) -> list[int] | None:
-        """Ids for the Q-Former; None without a question, and where the Q-Former does not read it.
+        """Ids for the Q-Former; None where it reads no text for this request, or none at all.
 
-        A question beyond the Q-Former's limit is cut and keeps its end token, as in training and as published (LAVIS
+        A text beyond the Q-Former's limit is cut and keeps its end token, as in training and as published (LAVIS
         max_txt_len); the language model still reads the whole question.
         """
-        if request.question is None or self._qformer_tokenizer is None:
+        if self._qformer_tokenizer is None:
             return None
-        ids = self._qformer_tokenizer.encode(normalise_question(request.question))
+        reads = self.bundle.manifest.model.qformer_reads
+        text = qformer_text(reads, request.question, self._prompt(request))
+        if text is None:
+            return None
+        ids = self._qformer_tokenizer.encode(text)
         limit = self.bundle.manifest.limits.max_question_tokens
         return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]

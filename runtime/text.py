@@ -3,7 +3,12 @@
 The rules are those BLIP-2 was trained with (LAVIS text processors; reference/training.md §1.13).
 """
 
+from typing import Literal
+
 from runtime.errors import InputError
+
+QFormerReads = Literal["question", "prompt"]
+"""Which text a conditioned Q-Former is given."""
 
 MAX_WORDS = 50
 """Longer captions and questions are cut here, as in the published training."""
@@ -46,3 +51,14 @@ def fill_prompt(template: str, question: str | None) -> str:
     if not words:
         raise InputError(f"question: expected words, found {question!r}")
     return template.replace("{}", words)
+
+
+def qformer_text(reads: QFormerReads, question: str | None, prompt: str) -> str | None:
+    """What a conditioned Q-Former reads beside the image; None for nothing.
+
+    `question`: the bare question, normalised; nothing for a caption. `prompt`: the language model's filled prompt as
+    it stands, for captions too (InstructBLIP's habit).
+    """
+    if reads == "prompt":
+        return prompt
+    return None if question is None else normalise_question(question)

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from runtime.preprocess import PreprocessSettings
 from trainer.bridge import Bridge
 from trainer.config import ModelConfig
-from trainer.towers import VisionTower, load_language, load_tokenizer, load_vision
+from trainer.language import Style, end_tokens, load_language, pad_token, style_of
+from trainer.towers import VisionTower, load_tokenizer, load_vision
 
 POSITIONS = 512
 """Text positions of the Q-Former, BERT's number."""
@@ -49,9 +50,24 @@ class Blip2(nn.Module):
         return self.vision.preprocess
 
     @property
-    def end_token_id(self) -> int:
-        """The token that ends a text of the language model."""
-        return int(self.tokenizer.eos_token_id)
+    def style(self) -> Style:
+        """Kind of language model."""
+        return style_of(self.language_model)
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text of the language model; the first is what training teaches it to say."""
+        return end_tokens(self.tokenizer, self.config.end_token_ids)
+
+    @property
+    def pad_token_id(self) -> int:
+        """Filler of the language model's short rows; the mask hides it."""
+        return pad_token(self.tokenizer, self.end_token_ids[0])
+
+    @property
+    def start_token_id(self) -> int | None:
+        """What an encoder-decoder's decoder is fed first; None for a decoder-only model."""
+        return self.language_model.generation_config.decoder_start_token_id
 
     def train(self, mode: bool = True) -> "Blip2":
         """Frozen halves stay in eval mode: their dropout would only blur what the bridge learns from."""

@@ -79,7 +79,7 @@ class ModelConfig(Settings):
     vision_layer: int = -1
     """Hidden state handed to the Q-Former: -1 is the last layer, -2 the penultimate (BLIP-2's choice for CLIP)."""
     language: str = DEMO
-    """Frozen decoder-only language model: a local folder or hub id, or `demo`."""
+    """Frozen language model, decoder-only or encoder-decoder: a local folder or hub id, or `demo`."""
     text_tokenizer: str = DEMO
     """Tokenizer of the Q-Former's text side (a BERT folder as published), or `demo`."""
     qformer: QFormerConfig = QFormerConfig()
@@ -88,6 +88,10 @@ class ModelConfig(Settings):
     """Text the language model continues with a caption."""
     vqa_prompt: str = "Question: {} Answer:"
     """Text the language model continues with an answer; `{}` is the question."""
+    qformer_reads: Literal["question", "prompt"] = "question"
+    """What a conditioned Q-Former is given: the bare question, or the whole prompt (InstructBLIP), of captions too."""
+    end_token_ids: tuple[NonNegativeInt, ...] | None = Field(default=None, min_length=1)
+    """Tokens of the language model that end a text, the first is trained; null: its tokenizer's end token."""
     max_new_tokens: PositiveInt = 32
     """Longest caption or answer (tokens) unless a request says otherwise."""
     demo_halves: DemoHalvesConfig = DemoHalvesConfig()

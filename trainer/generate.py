@@ -14,9 +14,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from runtime.answers import Answer, Request
 from runtime.preprocess import preprocess_batch
-from runtime.text import fill_prompt, normalise_question
+from runtime.text import qformer_text
 from trainer.blip2 import Blip2
-from trainer.generative import question_tokens
+from trainer.generative import condition_tokens
 
 
 # Shape letters: B requests, Q queries, D language width, T prompt tokens
@@ -34,13 +34,10 @@ class EagerPipeline:
         marks.append(time.perf_counter())
         image_embeds_BNE = model.encode_image(pixels_BCHW)
         marks.append(time.perf_counter())
-        questions = [None if r.question is None else normalise_question(r.question) for r in requests]
-        conditions = question_tokens(model, questions) if model.question_conditioned else (None, None)
-        prefix_BQD = model.query_prefix(image_embeds_BNE, *conditions)
+        prompts = [self._prompt(request) for request in requests]
+        prefix_BQD = model.query_prefix(image_embeds_BNE, *self._conditions(requests, prompts))
         marks.append(time.perf_counter())
-        embeds, mask = self._with_prompts(
-            prefix_BQD, [self._prompt(r, q) for r, q in zip(requests, questions, strict=True)]
-        )
+        embeds, mask = self._with_prompts(prefix_BQD, prompts)
         first_token = _FirstToken()
         ids_BT = model.language_model.generate(
             inputs_embeds=embeds,
@@ -48,8 +45,8 @@ class EagerPipeline:
             max_new_tokens=model.config.max_new_tokens if max_new_tokens is None else max_new_tokens,
             do_sample=False,
             num_beams=1,
-            eos_token_id=model.end_token_id,
-            pad_token_id=model.tokenizer.pad_token_id,
+            eos_token_id=list(model.end_token_ids),
+            pad_token_id=model.pad_token_id,
             stopping_criteria=StoppingCriteriaList([first_token]),
         )
         marks += [first_token.at or marks[-1], time.perf_counter()]
@@ -58,30 +55,44 @@ class EagerPipeline:
         timings_ms["total"] = (marks[-1] - marks[0]) * 1e3
         return [self._finish(r, row, timings_ms) for r, row in zip(requests, ids_BT.tolist(), strict=True)]
 
-    def _prompt(self, request: Request, question: str | None) -> str:
+    def _prompt(self, request: Request) -> str:
         config = self.model.config
-        if question is None:
-            return config.caption_prompt if request.prompt is None else request.prompt
-        return fill_prompt(config.vqa_prompt if request.prompt is None else request.prompt, question)
+        return request.filled_prompt(caption=config.caption_prompt, vqa=config.vqa_prompt)
+
+    def _conditions(self, requests: Sequence[Request], prompts: list[str]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """What the Q-Former reads beside the images."""
+        if not self.model.question_conditioned:
+            return None, None
+        reads = self.model.config.qformer_reads
+        texts = [qformer_text(reads, r.question, prompt) for r, prompt in zip(requests, prompts, strict=True)]
+        return condition_tokens(self.model, texts)
 
     def _with_prompts(self, prefix_BQD: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Prefix and prompt embeddings, rows padded on the left as `generate` wants them."""
+        """Prefix and prompt embeddings [B, S, D] and their mask [B, S].
+
+        Short rows of a decoder-only model are padded on the left, as `generate` wants them; those of an encoder on the
+        right.
+        """
         ids = [self.model.tokenizer(prompt).input_ids for prompt in prompts]
         longest = max(map(len, ids))
         embed = self.model.language_model.get_input_embeddings()
         queries, rows, masks = prefix_BQD.shape[1], [], []
         for prefix_QD, row in zip(prefix_BQD, ids, strict=True):
-            text_TD = embed(torch.tensor(row, device=prefix_QD.device))
+            text_TD = embed(torch.tensor(row, dtype=torch.long, device=prefix_QD.device))
             filler = text_TD.new_zeros(longest - len(row), text_TD.shape[1])
-            rows.append(torch.cat([filler, prefix_QD.to(text_TD.dtype), text_TD]))
-            masks.append([0] * (longest - len(row)) + [1] * (queries + len(row)))
+            parts, marks = [prefix_QD.to(text_TD.dtype), text_TD], [1] * (queries + len(row))
+            pads = [0] * len(filler)
+            left = self.model.style == "decoder-only"
+            rows.append(torch.cat([filler, *parts] if left else [*parts, filler]))
+            masks.append(pads + marks if left else marks + pads)
         return torch.stack(rows), torch.tensor(masks, device=prefix_BQD.device)
 
     def _finish(self, request: Request, ids: list[int], timings_ms: dict[str, float]) -> Answer:
-        tokenizer = self.model.tokenizer
-        end = ids.index(self.model.end_token_id) if self.model.end_token_id in ids else len(ids)
-        text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-        return Answer(request.image_name, request.question, text, tuple(ids[:end]), timings_ms)
+        said = ids if self.model.style == "decoder-only" else ids[1:]  # the decoder's first token was given, not said
+        ends = [place for place, token in enumerate(said) if token in self.model.end_token_ids]
+        kept = said[: min(ends, default=len(said))]
+        text = self.model.tokenizer.decode(kept, skip_special_tokens=True).strip()
+        return Answer(request.image_name, request.question, text, tuple(kept), timings_ms)
 
 
 class _FirstToken(StoppingCriteria):

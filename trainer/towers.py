@@ -7,13 +7,12 @@ through the same door as CLIP and OPT do.
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
-    AutoModelForCausalLM,
     AutoTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -75,15 +74,9 @@ def source_folder(source: str, half: str) -> str:
 def load_vision(source: str, layer: int) -> VisionTower:
     """Vision tower from a local folder or hub id; of a two-tower model (CLIP, SigLIP) the vision half."""
     folder = source_folder(source, "vision")
-    model = _loaded(AutoModel, folder)
+    model = load_pretrained(AutoModel, folder, unexpected="left")
     model = getattr(model, "vision_model", model)
     return VisionTower(model, layer, read_preprocess(folder, model.config))
-
-
-def load_language(source: str) -> PreTrainedModel:
-    """Frozen decoder-only language model that takes `inputs_embeds`."""
-    model = _loaded(AutoModelForCausalLM, source_folder(source, "language"))
-    return model.requires_grad_(False).eval()
 
 
 def load_tokenizer(source: str, half: str) -> PreTrainedTokenizerBase:
@@ -98,15 +91,25 @@ def load_tokenizer(source: str, half: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _loaded(kind: Any, folder: str) -> PreTrainedModel:
-    """fp32 weights whatever the folder stores; every key must be there, except heads we do not use."""
+def load_pretrained(kind: Any, folder: str, *, unexpected: Literal["left", "refused"]) -> PreTrainedModel:
+    """fp32 weights whatever the folder stores; every key must be there.
+
+    `unexpected` weights, which the model has no place for, are left where only a part of a model is wanted (a vision
+    tower without its head), else refused.
+
+    Raises:
+        MissingFile: nothing transformers can read. CheckpointError: weights missing, unexpected or of another shape.
+    """
     try:
         model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise MissingFile(f"{folder} holds no model that transformers can read: {error}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
+    except RuntimeError as error:  # weights whose shapes are not those of the config
+        raise CheckpointError(f"{folder}: the weights do not fit its config.json: {error}") from error
+    if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{folder} lacks {len(missing)} weights its config asks for, the first is {missing[0]}")
+    if (more := sorted(report["unexpected_keys"])) and unexpected == "refused":
+        raise CheckpointError(f"{folder} has {len(more)} weights its config does not know, the first is {more[0]}")
     return model
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from export.graphs import Graph, LanguageGraph, graphs_of
-from runtime.errors import InputError
+from export.graphs import Graph, graphs_of
+from export.language_modules import LanguageGraph
 from trainer.blip2 import Blip2
 
 WIDTH = 32
@@ -115,12 +115,3 @@ def test_a_model_that_reads_no_question_has_no_question_inputs(model: Blip2) -> 
         question_conditioned=False,
     ).eval()
     assert list(graphs_of(plain)["qformer"].inputs) == ["image_embeds"]
-
-
-def test_a_language_model_without_inputs_embeds_is_refused() -> None:
-    class Reader(torch.nn.Module):
-        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-            return input_ids
-
-    with pytest.raises(InputError, match="Reader takes no `inputs_embeds`"):
-        LanguageGraph(Reader())

@@ -68,6 +68,7 @@ def test_the_manifest_states_the_model(bundle_fp32: Bundle, bundle_int8: Bundle,
         "eos_token_ids": (model.tokenizer.eos_token_id,),
         "pad_token_id": model.tokenizer.pad_token_id,
         "max_new_tokens": 8,
+        "start_token_id": None,
     }
     assert manifest.model.question_conditioned
     assert manifest.preprocess == model.preprocess

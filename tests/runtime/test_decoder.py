@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from runtime.decoder import Decoder, choose_greedy
+from runtime.decoder import Decoder
 from runtime.errors import CheckFailed, InputError
+from runtime.greedy import choose_greedy
 from runtime.manifest import Generation, Limits
 from runtime.stopwatch import Stopwatch
 
@@ -151,6 +152,6 @@ def test_limits():
 
 
 def test_scores_that_are_not_numbers_are_reported():
-    assert choose_greedy(np.array([[0.0, 2.0, 1.0], [-np.inf, -3.0, -4.0]], np.float32)).tolist() == [1, 1]
-    with pytest.raises(CheckFailed, match="NaN"):
-        choose_greedy(np.array([[0.0, 1.0], [np.nan, 1.0]], np.float32))
+    assert choose_greedy(np.array([[0.0, 2.0, 1.0], [-np.inf, -3.0, -4.0]], np.float32), "language").tolist() == [1, 1]
+    with pytest.raises(CheckFailed, match="graph 'language': expected numbers, found NaN"):
+        choose_greedy(np.array([[0.0, 1.0], [np.nan, 1.0]], np.float32), "language")

@@ -1,0 +1,34 @@
+"""The one place that knows which graphs each kind of language model has, and which class runs them."""
+
+from collections.abc import Callable
+
+from runtime.backends import Engine
+from runtime.decoder import Decoder
+from runtime.encoder_decoder import EncoderDecoder
+from runtime.errors import InputError
+from runtime.greedy import TextDecoder
+from runtime.manifest import Manifest
+
+LANGUAGE_GRAPHS: dict[str, tuple[str, ...]] = {
+    "decoder-only": ("language",),
+    "encoder-decoder": ("encoder", "decoder"),
+    "none": (),
+}
+"""`manifest.model.style` → graphs that hold the language model's matrices; `embed` comes before them."""
+
+
+def open_decoder(manifest: Manifest, engine: Callable[[str], Engine]) -> TextDecoder:
+    """The decoder of a bundle's kind of language model; `engine` gives the engine of a named graph.
+
+    Raises:
+        InputError: the bundle has no language model.
+    """
+    model, generation, limits = manifest.model, manifest.generation, manifest.limits
+    if model.style == "none":
+        raise InputError("this bundle has no language model: it can search, but neither caption nor answer")
+    embed, *others = (engine(name) for name in ("embed", *LANGUAGE_GRAPHS[model.style]))
+    if model.style == "encoder-decoder":
+        encoder, decoder = others
+        return EncoderDecoder(embed, encoder, decoder, generation, limits)
+    (language,) = others
+    return Decoder(embed, language, generation, limits)
