@@ -36,6 +36,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, such as stage1.steps=50; repeatable."),
 ]
+Init = Annotated[
+    Path | None,
+    typer.Option(metavar="CKPT", help="Checkpoint to begin from, with its model; the stages behind it are left out."),
+]
 Backend = Annotated[str, typer.Option(help="Engine that runs the graphs; `qforge doctor` lists what is here.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; without it, one per physical core.")]
 Prompt = Annotated[str | None, typer.Option(help="Replaces the bundle's prompt; {} is the question.")]
@@ -43,14 +47,14 @@ MaxNewTokens = Annotated[int | None, typer.Option(help="Longest text (tokens); w
 
 
 @verb(app, "run", "qforge run recipes/demo.yaml --out runs/demo --set stage1.steps=200")
-def run(recipe: RecipeFile, out: RunFolder, overrides: Overrides = None) -> Outcome:
+def run(recipe: RecipeFile, out: RunFolder, init: Init = None, overrides: Overrides = None) -> Outcome:
     """Train, export, verify, benchmark, report.
 
     Finished steps are skipped as long as nothing they were made from has changed.
     """
     from qforge import verbs_train
 
-    return verbs_train.run(recipe, out, overrides or [])
+    return verbs_train.run(recipe, out, init, overrides or [])
 
 
 @verb(app, "train", "qforge train recipes/demo.yaml --out runs/demo --stage stage1")
@@ -60,6 +64,7 @@ def train(
     stage: Annotated[
         Stage, typer.Option(help="Last stage to train; the ones before it are made when missing.")
     ] = "vqa",
+    init: Init = None,
     overrides: Overrides = None,
 ) -> Outcome:
     """Train the stages in order.
@@ -68,7 +73,7 @@ def train(
     """
     from qforge import verbs_train
 
-    return verbs_train.train(recipe, out, stage, overrides or [])
+    return verbs_train.train(recipe, out, stage, init, overrides or [])
 
 
 @verb(data, "check", "qforge data check data/captions_train.jsonl")
