@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -98,10 +99,7 @@ def load_vision(source: str, layer: int, image_size: int | None = None) -> Visio
 
 def _vision_class(folder: str) -> Any:
     """AutoModel, or the class the folder names where transformers has no automatic one (BLIP-2's own ViT)."""
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise MissingFile(f"{folder} holds no model that transformers can read: {error}") from error
+    config = _config(folder)
     if type(config) in MODEL_MAPPING:
         return AutoModel
     named = (config.architectures or ["none"])[0]
@@ -111,6 +109,13 @@ def _vision_class(folder: str) -> Any:
             f"found {named} ({config.model_type})"
         )
     return getattr(transformers, named)
+
+
+def _config(folder: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise MissingFile(f"{folder} holds no model that transformers can read: {error}") from error
 
 
 def _side(vision_config: Any) -> int:
@@ -153,8 +158,10 @@ def _resize_positions(model: PreTrainedModel, side: int, folder: str) -> None:
 
 
 def load_language(source: str) -> PreTrainedModel:
-    """Frozen decoder-only language model that takes `inputs_embeds`."""
-    model = _loaded(AutoModelForCausalLM, source_folder(source, "language"))
+    """Frozen language model that takes `inputs_embeds`: decoder-only or encoder-decoder, as its config says."""
+    folder = source_folder(source, "language")
+    kind = AutoModelForSeq2SeqLM if _config(folder).is_encoder_decoder else AutoModelForCausalLM
+    model = _loaded(kind, folder)
     return model.requires_grad_(False).eval()
 
 
