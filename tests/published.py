@@ -135,6 +135,8 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = "norm" in name.lower()
             parameter.copy_(1 + 0.1 * noise if is_norm and name.endswith("weight") else 0.15 * noise)
+            if name.endswith("qkv.bias"):  # published towers have no bias on the key
+                parameter.chunk(3)[1].zero_()
 
 
 def write_published(folder: Path, family: Family, **vision: Any) -> Any:

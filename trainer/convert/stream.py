@@ -164,8 +164,8 @@ def load_torch(path: Path) -> dict[str, Any]:
             f"{path}: expected tensors alone (weights_only), found Python objects that would run code when read, or no "
             f"PyTorch file at all; save its state dict with safetensors"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # what is no pickle at all makes the reader raise whatever its bytes happen to mean
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} is truncated or damaged ({reason}); copy it again from its source") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a dictionary of tensors, found {type(content).__name__}")
