@@ -35,6 +35,8 @@ def checkpoint_facts(path: Path, model: Blip2) -> dict[str, Any]:
     config = read_config(path)
     part_bytes: dict[str, int | None] = {"bridge": (path / WEIGHTS).stat().st_size}
     for half, source in (("vision", config.model.vision), ("language", config.model.language)):
+        if source is None:  # a model for retrieval alone
+            continue
         folder = Path(source_folder(source, half))
         files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")] if folder.is_dir() else []
         part_bytes[half] = sum(file.stat().st_size for file in files) if files else None

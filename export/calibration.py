@@ -122,12 +122,14 @@ def _questions_by_image(rows: Sequence[Row]) -> dict[Path, list[str]]:
 
 def _requests(model: Blip2, image: Path, asked: Sequence[str], rng: np.random.Generator) -> list[Request]:
     """A caption, and one of the questions; those that the Q-Former would have to cut are left out."""
-    longest = model.config.qformer.max_text_tokens
-    fitting = [
-        question
-        for question in asked
-        if len(model.text_tokenizer(_condition(model, Request(image, question)) or "").input_ids) <= longest
-    ]
+    fitting = list(asked)
+    if model.question_conditioned:  # else nothing is cut, and there may be no tokenizer of the Q-Former
+        longest = model.config.qformer.max_text_tokens
+        fitting = [
+            question
+            for question in asked
+            if len(model.text_tokenizer(_condition(model, Request(image, question)) or "").input_ids) <= longest
+        ]
     return [Request(image), *(Request(image, question) for question in rng.permutation(fitting)[:1].tolist())]
 
 

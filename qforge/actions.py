@@ -54,9 +54,17 @@ def fingerprint_data(recipe: Recipe, out: Path) -> dict[str, str]:
 
 def fingerprint_sources(model: ModelConfig) -> dict[str, str]:
     """Size and time of every file of halves that are local folders; the shipped ones count as code."""
-    folders = [Path(source) for source in (model.vision, model.language, model.text_tokenizer) if source != DEMO]
+    sources = [source for source in (model.vision, model.language, model.text_tokenizer) if source is not None]
+    folders = [Path(source) for source in sources if source != DEMO]
     files = [file for folder in folders if folder.is_dir() for file in folder.rglob("*") if file.is_file()]
     return {str(file): _size_and_time(file) for file in files}
+
+
+def fingerprint_init(init: Path | None) -> dict[str, str]:
+    """What tells that the checkpoint a run starts from changed."""
+    if init is None:
+        return {}
+    return {str(init / name): sha256_of(init / name) for name in ("config.json", "model.safetensors")}
 
 
 def prepare_data(recipe: Recipe, out: Path, folder: Path) -> None:
@@ -112,13 +120,13 @@ def train_stage(
         init=init,
         out=folder,
         recipe_yaml=recipe.to_yaml(),
-        store=_features(model.vision, model.vision_layer, out),
+        store=_features(model.vision, model.vision_layer, model.image_size, out),
         progress=Progress(),
     )
 
 
 @lru_cache(maxsize=1)
-def _features(vision: str, layer: int, out: Path) -> "FeatureStore":
+def _features(vision: str, layer: int, image_size: int | None, out: Path) -> "FeatureStore":
     """One store for the stages of a run, so that an image passes its frozen tower once."""
     from trainer.data import FeatureStore
 

@@ -36,6 +36,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, such as stage1.steps=50; repeatable."),
 ]
+Init = Annotated[
+    Path | None,
+    typer.Option(metavar="CKPT", help="Checkpoint to begin from, with its model; the stages behind it are left out."),
+]
 Backend = Annotated[str, typer.Option(help="Engine that runs the graphs; `qforge doctor` lists what is here.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; without it, one per physical core.")]
 Prompt = Annotated[str | None, typer.Option(help="Replaces the bundle's prompt; {} is the question.")]
@@ -43,14 +47,14 @@ MaxNewTokens = Annotated[int | None, typer.Option(help="Longest text (tokens); w
 
 
 @verb(app, "run", "qforge run recipes/demo.yaml --out runs/demo --set stage1.steps=200")
-def run(recipe: RecipeFile, out: RunFolder, overrides: Overrides = None) -> Outcome:
+def run(recipe: RecipeFile, out: RunFolder, init: Init = None, overrides: Overrides = None) -> Outcome:
     """Train, export, verify, benchmark, report.
 
     Finished steps are skipped as long as nothing they were made from has changed.
     """
     from qforge import verbs_train
 
-    return verbs_train.run(recipe, out, overrides or [])
+    return verbs_train.run(recipe, out, init, overrides or [])
 
 
 @verb(app, "train", "qforge train recipes/demo.yaml --out runs/demo --stage stage1")
@@ -60,6 +64,7 @@ def train(
     stage: Annotated[
         Stage, typer.Option(help="Last stage to train; the ones before it are made when missing.")
     ] = "vqa",
+    init: Init = None,
     overrides: Overrides = None,
 ) -> Outcome:
     """Train the stages in order.
@@ -68,7 +73,7 @@ def train(
     """
     from qforge import verbs_train
 
-    return verbs_train.train(recipe, out, stage, overrides or [])
+    return verbs_train.train(recipe, out, stage, init, overrides or [])
 
 
 @verb(data, "check", "qforge data check data/captions_train.jsonl")
@@ -94,6 +99,68 @@ def data_demo(
     from qforge import verbs_train
 
     return verbs_train.data_demo(out, overrides or [])
+
+
+@verb(app, "import", "qforge import Salesforce/blip2-opt-2.7b --out checkpoint")
+def import_(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Hugging Face folder or hub id of a BLIP-2, or a LAVIS .pth.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Checkpoint folder to write.")],
+    vision: Annotated[Path | None, typer.Option(metavar="DIR", help="LAVIS: folder of the image encoder.")] = None,
+    language: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="LAVIS stage 2: folder of the language model.")
+    ] = None,
+    text_tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="LAVIS stage 1, retrieval: folder of BERT's tokenizer.")
+    ] = None,
+    text_from: Annotated[
+        Path | None, typer.Option(metavar="CKPT", help="Checkpoint that gives a stage-2 model its text branch back.")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side of the pixels; positions are interpolated.")] = None,
+    vision_layer: Annotated[
+        int | None, typer.Option(help="LAVIS: hidden state that is read; without it, the last (CLIP ViT-L: -2).")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="LAVIS: heads of the Q-Former; without it, width / 64.")] = None,
+    caption_prompt: Annotated[str | None, typer.Option(help="Prompt of captions; without it, the source's.")] = None,
+    vqa_prompt: Annotated[str | None, typer.Option(help="Prompt of answers; {} is the question.")] = None,
+) -> Outcome:
+    """Make a checkpoint of a published model.
+
+    Weights are streamed and checked key by key; nothing is written when anything does not fit.
+    """
+    from qforge import verbs_convert
+
+    options = {
+        "vision": vision,
+        "language": language,
+        "text_tokenizer": text_tokenizer,
+        "text_from": text_from,
+        "image_size": image_size,
+        "vision_layer": vision_layer,
+        "heads": heads,
+        "caption_prompt": caption_prompt,
+        "vqa_prompt": vqa_prompt,
+    }
+    return verbs_convert.import_(source, out, options)
+
+
+@verb(app, "to-hf", "qforge to-hf runs/mine/checkpoint --out blip2-mine")
+def to_hf(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint folder.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    kind: Annotated[
+        Literal["caption", "retrieval", "instruct"] | None,
+        typer.Option("--as", help="Layout; without it, the one that says most about the checkpoint."),
+    ] = None,
+) -> Outcome:
+    """Write a folder that transformers loads.
+
+    What its layout has no place for lies beside it, and `qforge import` reads it back.
+    """
+    from qforge import verbs_convert
+
+    return verbs_convert.to_hf(checkpoint, out, kind)
 
 
 @verb(app, "export", "qforge export runs/demo/checkpoint --out bundle --precision int8 --calibration vqa_train.jsonl")

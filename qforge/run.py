@@ -35,6 +35,15 @@ MEASURES = ("benchmarks", "export", "trainer", "runtime")
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where a run begins when it does not begin from nothing."""
+
+    checkpoint: Path
+    stage: Stage
+    """The first stage to train."""
+
+
+@dataclass(frozen=True)
 class Finished:
     """A run whose steps are all up to date."""
 
@@ -42,9 +51,19 @@ class Finished:
     steps: list[Done]
 
 
-def run(recipe: Recipe, out: Path, *, until: str | None = None, say: Callable[[str], None] | None = None) -> Finished:
-    """Bring every step of the recipe up to date in `out`, or those up to and with `until`; `say` gets the lines."""
-    table = steps_of(recipe, out)
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    until: str | None = None,
+    start: Start | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Finished:
+    """Bring every step of the recipe up to date in `out`, or those up to and with `until`; `say` gets the lines.
+
+    `start` is the checkpoint to begin from; the stages behind it are left out.
+    """
+    table = steps_of(recipe, out, start)
     if until is not None:
         table = table[: [step.name for step in table].index(until) + 1]
     with folder_lock(out):
@@ -52,8 +71,9 @@ def run(recipe: Recipe, out: Path, *, until: str | None = None, say: Callable[[s
         return Finished(out, run_steps(table, out, say or _to_stderr))
 
 
-def steps_of(recipe: Recipe, out: Path) -> list[Step]:
+def steps_of(recipe: Recipe, out: Path, start: Start | None = None) -> list[Step]:
     """The whole run: name, story, folder, action, and what decides the result."""
+    stages = STAGES if start is None else STAGES[STAGES.index(start.stage) :]
     reads = partial(_settings, recipe)
     model, halves = recipe.model, list[Step]()
     if model.demo_halves.rebuild:
@@ -63,15 +83,16 @@ def steps_of(recipe: Recipe, out: Path) -> list[Step]:
         model = _with_halves(model, out / "work/halves")
 
     def training(stage: Stage) -> Step:
-        earlier = STAGES[: STAGES.index(stage)][-1:]
-        init = out / STAGE_FOLDERS[earlier[0]] if earlier else None
+        earlier = stages[: stages.index(stage)][-1:]
+        first = None if start is None else start.checkpoint
+        init = out / STAGE_FOLDERS[earlier[0]] if earlier else first
         return Step(
             name=stage,
             does=STAGE_STORIES[stage],
             output=STAGE_FOLDERS[stage],
             action=partial(actions.train_stage, stage, recipe, model, out, init),
             settings=reads("seed", "model", "data", stage),
-            files=partial(actions.fingerprint_sources, recipe.model),
+            files=partial(_outside, recipe, None if earlier else first),
             after=("data", *(step.name for step in halves), *earlier),
             code=TRAINS,
             resumes=True,
@@ -103,7 +124,7 @@ def steps_of(recipe: Recipe, out: Path) -> list[Step]:
             code=FACE,
         ),
         *halves,
-        *(training(stage) for stage in STAGES),
+        *(training(stage) for stage in stages),
         *exports,
         Step(
             name="verify",
@@ -131,6 +152,11 @@ def steps_of(recipe: Recipe, out: Path) -> list[Step]:
             code=FACE,
         ),
     ]
+
+
+def _outside(recipe: Recipe, init: Path | None) -> dict[str, str]:
+    """Fingerprints of what a stage reads from outside the run."""
+    return actions.fingerprint_sources(recipe.model) | actions.fingerprint_init(init)
 
 
 def _with_halves(model: ModelConfig, folder: Path) -> ModelConfig:

@@ -1,47 +1,53 @@
 """The composition: frozen vision tower → bridge → frozen language model, with both tokenizers."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from runtime.errors import CheckpointError
 from runtime.preprocess import PreprocessSettings
-from trainer.bridge import Bridge
+from trainer.bridge import PARTS, Bridge, Part
 from trainer.config import ModelConfig
 from trainer.language import Style, end_tokens, load_language, pad_token, style_of
 from trainer.towers import VisionTower, load_tokenizer, load_vision
 
-POSITIONS = 512
-"""Text positions of the Q-Former, BERT's number."""
-
 
 # Shape letters: B images, N image tokens, E image width, Q queries, D language width, T text tokens
 class Blip2(nn.Module):
-    """A BLIP-2-style model. Only `bridge` has parameters that train."""
+    """A BLIP-2-style model. Only `bridge` has parameters that train.
+
+    A model for retrieval alone has no language model and no tokenizer of one; a published stage-2 model has no text
+    tokenizer. The bridge says so before either is used.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         vision: VisionTower,
-        language_model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        text_tokenizer: PreTrainedTokenizerBase,
+        language_model: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        text_tokenizer: PreTrainedTokenizerBase | None,
         question_conditioned: bool,
+        parts: Collection[Part] = PARTS,
     ) -> None:
         super().__init__()
         self.config = config
         self.vision = vision
-        self.language_model = language_model
-        self.tokenizer = tokenizer
-        self.text_tokenizer = text_tokenizer
+        self.language_model: Any = language_model  # untyped, as all of transformers; None is met by bridge.need
+        self.tokenizer: Any = tokenizer
+        self.text_tokenizer: Any = text_tokenizer
         self.question_conditioned = question_conditioned
         self.bridge = Bridge(
             config.qformer,
             image_width=vision.width,
-            language_width=language_model.get_input_embeddings().embedding_dim,
-            vocabulary=len(text_tokenizer),
-            positions=POSITIONS,
+            language_width=None if language_model is None else language_model.get_input_embeddings().embedding_dim,
+            vocabulary=_vocabulary(config, text_tokenizer),
+            parts=parts,
+            image_norm_eps=config.image_norm_eps,
         )
 
     @property
@@ -73,7 +79,8 @@ class Blip2(nn.Module):
         """Frozen halves stay in eval mode: their dropout would only blur what the bridge learns from."""
         super().train(mode)
         self.vision.eval()
-        self.language_model.eval()
+        if self.language_model is not None:
+            self.language_model.eval()
         return self
 
     def encode_image(self, pixels_BCHW: Tensor) -> Tensor:
@@ -105,13 +112,26 @@ def text_batch(model: Blip2, texts: list[str]) -> TextBatch:
     return TextBatch(coded["input_ids"], coded["attention_mask"])
 
 
-def new_blip2(config: ModelConfig, question_conditioned: bool) -> Blip2:
+def new_blip2(config: ModelConfig, question_conditioned: bool, parts: Collection[Part] = PARTS) -> Blip2:
     """A model with the halves the recipe names and a fresh bridge (seed it with `torch.manual_seed`)."""
     return Blip2(
         config,
-        load_vision(config.vision, config.vision_layer),
-        load_language(config.language),
-        load_tokenizer(config.language, "language"),
-        load_tokenizer(config.text_tokenizer, "text"),
+        load_vision(config.vision, config.vision_layer, config.image_size),
+        None if config.language is None else load_language(config.language),
+        None if config.language is None else load_tokenizer(config.language, "language"),
+        None if config.text_tokenizer is None else load_tokenizer(config.text_tokenizer, "text"),
         question_conditioned,
+        parts,
     )
+
+
+def _vocabulary(config: ModelConfig, text_tokenizer: Any) -> int:
+    """Rows of the Q-Former's word embeddings; 0 when there is no text side to embed."""
+    tokens = 0 if text_tokenizer is None else len(text_tokenizer)
+    rows = config.qformer.vocabulary or tokens
+    if tokens > rows:
+        raise CheckpointError(
+            f"{config.text_tokenizer} has {tokens} tokens, but qformer.vocabulary says {rows} embedding rows; "
+            f"take the tokenizer the Q-Former was trained with"
+        )
+    return rows

@@ -1,22 +1,47 @@
 """What is trained: LayerNorm on the image, queries, Q-Former, its heads, and the projection into the language model.
 
-Every stage keeps all of it (a stage-2 checkpoint still has its text side, heads and temperature), so a VQA
-fine-tune can follow stage 2 and stage 1 can resume. Key names follow transformers' `Blip2` models; what those
+Every stage of ours keeps all of it (a stage-2 checkpoint still has its text side, heads and temperature), so a VQA
+fine-tune can follow stage 2 and stage 1 can resume. A published checkpoint lacks parts of it: those are then not made,
+and whoever needs one is told which and where to get it. Key names follow transformers' `Blip2` models; what those
 drop has names of its own: `temperature`, `itg_head`.
 """
 
 import math
+import re
+from collections.abc import Collection
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from runtime.errors import CheckpointError
 from trainer.config import QFormerConfig
-from trainer.qformer import LAYER_NORM_EPS, ImageKeys, QFormer, generation_mask, padding_mask
+from trainer.qformer import ImageKeys, QFormer, activation, generation_mask, padding_mask
 
 INITIAL_TEMPERATURE = 0.07
 INITIAL_STD = 0.02
 BERT_WIDTH = 768
+
+Part = Literal["text", "contrast", "matching", "generation", "temperature", "language"]
+"""What a bridge may lack. text: embeddings and text FFN; contrast, matching, generation: the heads of ITC, ITM and
+ITG; temperature: of ITC; language: the projection into the language model."""
+PARTS: tuple[Part, ...] = get_args(Part)
+_PART_OF_KEY: dict[str, Part] = {
+    r"embeddings\.": "text",
+    r"qformer\.encoder\.layer\.\d+\.(intermediate|output)\.": "text",
+    r"(vision|text)_projection\.": "contrast",
+    r"itm_head\.": "matching",
+    r"itg_head\.": "generation",
+    r"temperature$": "temperature",
+    r"language_projection\.": "language",
+}
+_Made = TypeVar("_Made")
+
+
+def part_of(key: str) -> Part | None:
+    """The part that a key of the bridge belongs to; None for what every bridge has (norm, queries, query side)."""
+    return next((part for pattern, part in _PART_OF_KEY.items() if re.match(pattern, key)), None)
 
 
 # Shape letters: B images or rows, Q queries, T text tokens, N image tokens, E image width, H Q-Former width,
@@ -37,35 +62,48 @@ class TextEmbeddings(nn.Module):
 class GenerationHead(nn.Module):
     """BERT's masked-language head (dense, GELU, LayerNorm); the decoder is tied to the word embeddings."""
 
-    def __init__(self, width: int, vocabulary: int) -> None:
+    def __init__(self, config: QFormerConfig, vocabulary: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.dense = nn.Linear(config.width, config.width)
+        self.activation = activation(config.activation)
+        self.LayerNorm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
 
     def forward(self, text_BTH: Tensor, word_embeddings_VH: Tensor) -> Tensor:
         """Logits [B, T, V]."""
-        return F.linear(self.LayerNorm(F.gelu(self.dense(text_BTH))), word_embeddings_VH, self.bias)
+        return F.linear(self.LayerNorm(self.activation(self.dense(text_BTH))), word_embeddings_VH, self.bias)
 
 
 class Bridge(nn.Module):
     """Frozen image features in; contrastive features, matching logits, text logits or language-model prefix out."""
 
     def __init__(
-        self, config: QFormerConfig, *, image_width: int, language_width: int, vocabulary: int, positions: int
+        self,
+        config: QFormerConfig,
+        *,
+        image_width: int,
+        language_width: int | None,
+        vocabulary: int,
+        parts: Collection[Part] = PARTS,
+        image_norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.config = config
-        self.post_layernorm = nn.LayerNorm(image_width)
-        self.query_tokens = nn.Parameter(torch.zeros(1, config.queries, config.width))
-        self.embeddings = TextEmbeddings(vocabulary, positions, config.width)
-        self.qformer = QFormer(config, image_width)
-        self.vision_projection = nn.Linear(config.width, config.contrastive_width)
-        self.text_projection = nn.Linear(config.width, config.contrastive_width)
-        self.itm_head = nn.Linear(config.width, 2)
-        self.itg_head = GenerationHead(config.width, vocabulary)
-        self.temperature = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
-        self.language_projection = nn.Linear(config.width, language_width)
+        self.parts = frozenset(parts) - ({"language"} if language_width is None else set())
+        width, contrastive = config.width, config.contrastive_width
+        self.post_layernorm = nn.LayerNorm(image_width, eps=image_norm_eps)
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.queries, width))
+        text, contrast = "text" in self.parts, "contrast" in self.parts
+        self.embeddings = TextEmbeddings(vocabulary, config.text_positions, width) if text else None
+        self.qformer = QFormer(config, image_width, reads_text=text)
+        self.vision_projection = nn.Linear(width, contrastive) if contrast else None
+        self.text_projection = nn.Linear(width, contrastive) if contrast else None
+        self.itm_head = nn.Linear(width, 2) if "matching" in self.parts else None
+        self.itg_head = GenerationHead(config, vocabulary) if "generation" in self.parts else None
+        has_temperature = "temperature" in self.parts
+        self.temperature = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE)) if has_temperature else None
+        speaks = "language" in self.parts and language_width is not None
+        self.language_projection = nn.Linear(width, language_width or 0) if speaks else None
         self.initialise()
 
     def initialise(self) -> None:
@@ -83,8 +121,21 @@ class Bridge(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.query_tokens, std=INITIAL_STD)
         for layer in self.qformer.encoder.layers():
+            if layer.intermediate is None or layer.output is None:
+                continue
             layer.intermediate_query.load_state_dict(layer.intermediate.state_dict())
             layer.output_query.load_state_dict(layer.output.state_dict())
+
+    def need(self, *parts: Part) -> None:
+        """Refuse, before any work, what this bridge cannot do; CheckpointError names the part and its remedy."""
+        for part in parts:
+            if part not in self.parts:
+                raise CheckpointError(_without(part))
+
+    def _have(self, part: Part, made: _Made | None) -> _Made:
+        if made is None:
+            raise CheckpointError(_without(part))
+        return made
 
     def image_keys(self, image_embeds_BNE: Tensor) -> ImageKeys:
         """Keys and values of normalised image features, projected once."""
@@ -93,10 +144,14 @@ class Bridge(nn.Module):
     def _queries(self, rows: int) -> Tensor:
         return self.query_tokens.expand(rows, -1, -1)
 
+    def _embedded(self, ids_BT: Tensor) -> Tensor:
+        embedded: Tensor = self._have("text", self.embeddings)(ids_BT)
+        return embedded
+
     def text_features(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Unit-length text features [B, C] from the first token; the text sees itself only."""
-        _, text_BTH = self.qformer(None, self.embeddings(ids_BT), padding_mask(mask_BT, 0), None)
-        return F.normalize(self.text_projection(text_BTH[:, 0]).float(), dim=-1)
+        _, text_BTH = self.qformer(None, self._embedded(ids_BT), padding_mask(mask_BT, 0), None)
+        return F.normalize(self._have("contrast", self.text_projection)(text_BTH[:, 0]).float(), dim=-1)
 
     def image_and_generation(self, keys: ImageKeys, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Image features [B, Q, C], unit length, and ITG logits [B, T, V], in one pass.
@@ -105,23 +160,28 @@ class Bridge(nn.Module):
         """
         queries = self._queries(len(ids_BT))
         mask = generation_mask(mask_BT, queries.shape[1])
-        query_BQH, text_BTH = self.qformer(queries, self.embeddings(ids_BT), mask, keys)
-        logits_BTV = self.itg_head(text_BTH, self.embeddings.word_embeddings.weight)
+        query_BQH, text_BTH = self.qformer(queries, self._embedded(ids_BT), mask, keys)
+        words_VH = self._have("text", self.embeddings).word_embeddings.weight
+        logits_BTV = self._have("generation", self.itg_head)(text_BTH, words_VH)
         return self._contrastive(query_BQH), logits_BTV
 
     def image_features(self, keys: ImageKeys, rows: int) -> Tensor:
         """Image features [B, Q, C], unit length."""
         return self._contrastive(self.qformer(self._queries(rows), None, None, keys)[0])
 
+    def over_temperature(self, similarities_BB: Tensor) -> Tensor:
+        """Cosines divided by the learned temperature: the logits of ITC."""
+        return similarities_BB / self._have("temperature", self.temperature)
+
     def _contrastive(self, query_BQH: Tensor) -> Tensor:
-        return F.normalize(self.vision_projection(query_BQH).float(), dim=-1)
+        return F.normalize(self._have("contrast", self.vision_projection)(query_BQH).float(), dim=-1)
 
     def matching_logits(self, keys: ImageKeys, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """ITM logits [B, 2] (no match, match): queries and text see each other, mean over the queries."""
         queries = self._queries(len(ids_BT))
         mask = padding_mask(mask_BT, queries.shape[1])
-        query_BQH, _ = self.qformer(queries, self.embeddings(ids_BT), mask, keys)
-        return self.itm_head(query_BQH).float().mean(dim=1)
+        query_BQH, _ = self.qformer(queries, self._embedded(ids_BT), mask, keys)
+        return self._have("matching", self.itm_head)(query_BQH).float().mean(dim=1)
 
     def prefix(self, image_embeds_BNE: Tensor, ids_BT: Tensor | None = None, mask_BT: Tensor | None = None) -> Tensor:
         """Soft tokens [B, Q, D] for the language model; question ids condition the queries (InstructBLIP's way)."""
@@ -131,5 +191,17 @@ class Bridge(nn.Module):
             query_BQH, _ = self.qformer(queries, None, None, keys)
         else:
             mask = padding_mask(mask_BT, queries.shape[1])
-            query_BQH, _ = self.qformer(queries, self.embeddings(ids_BT), mask, keys)
-        return self.language_projection(query_BQH)
+            query_BQH, _ = self.qformer(queries, self._embedded(ids_BT), mask, keys)
+        return self._have("language", self.language_projection)(query_BQH)
+
+
+def _without(part: Part) -> str:
+    if part == "language":
+        return (
+            "this checkpoint has no projection into a language model, so it cannot write captions or answers; "
+            "train stage 2 from it: qforge train RECIPE --init CKPT --set model.language=DIR"
+        )
+    return (
+        f"this checkpoint lacks the part {part!r} of its Q-Former, as published stage-2 models do; give it back from "
+        f"one that has it: qforge import SRC --out CKPT --text-from STAGE1_CKPT"
+    )

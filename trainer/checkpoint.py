@@ -5,11 +5,13 @@
     CKPT/tokenizer/          of the language model;  CKPT/text_tokenizer/  of the Q-Former
     CKPT/preprocessor.json   how images become pixels
     CKPT/recipe.yaml         the resolved recipe;  CKPT/metrics.json  held-out metrics of the stage
+    CKPT/vision/, language/  the frozen halves themselves, in a self-contained checkpoint (its config says "./vision")
 
 Loading is strict: every key, every shape, every hash. No pickle is read.
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ from runtime.errors import CheckpointError, MissingFile
 from runtime.files import sha256_of
 from runtime.settings import Settings
 from trainer.blip2 import Blip2, new_blip2
+from trainer.bridge import PARTS, Part, part_of
 from trainer.config import ModelConfig
 from trainer.towers import source_folder
 
@@ -29,6 +32,10 @@ FORMAT = 1
 RENAMED = {"post_layernorm.": "vision_model.post_layernorm."}
 """Our name → transformers' name, where they differ."""
 WEIGHTS = "model.safetensors"
+INSIDE = "./"
+"""How a source begins that is a folder of the checkpoint itself."""
+SOURCES = ("vision", "language", "text_tokenizer")
+"""Settings of the model section that name a folder."""
 
 
 class CheckpointConfig(Settings):
@@ -40,12 +47,23 @@ class CheckpointConfig(Settings):
     model: ModelConfig
     frozen: dict[str, str]
     """SHA-256 of every weight file of the frozen halves, by "half/file"."""
+    parts: tuple[Part, ...] = PARTS
+    """What the bridge has beyond its core; a published checkpoint may lack some."""
+
+
+def resolved(config: ModelConfig, folder: Path) -> ModelConfig:
+    """Sources inside the checkpoint `folder` as absolute paths, so that the model can be used from anywhere."""
+    found = {name: getattr(config, name) for name in SOURCES}
+    inside = {name: source for name, source in found.items() if source is not None and source.startswith(INSIDE)}
+    return config.model_copy(update={name: str((folder / source).resolve()) for name, source in inside.items()})
 
 
 def frozen_hashes(config: ModelConfig) -> dict[str, str]:
     """SHA-256 of the weight files of both halves. A hub id is loaded through its cache and recorded without hash."""
     hashes = {}
     for half, source in (("vision", config.vision), ("language", config.language)):
+        if source is None:
+            continue
         folder = Path(source_folder(source, half))
         for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if folder.is_dir() else []:
             hashes[f"{half}/{path.name}"] = sha256_of(path)
@@ -54,10 +72,11 @@ def frozen_hashes(config: ModelConfig) -> dict[str, str]:
 
 def bridge_tensors(model: Blip2) -> dict[str, Tensor]:
     """The trained part under transformers' key names, on the CPU."""
-    return {_theirs(key): tensor.detach().cpu().contiguous() for key, tensor in model.bridge.state_dict().items()}
+    return {their_name(key): tensor.detach().cpu().contiguous() for key, tensor in model.bridge.state_dict().items()}
 
 
-def _theirs(key: str) -> str:
+def their_name(key: str) -> str:
+    """The key of a checkpoint for a key of the bridge."""
     for ours, theirs in RENAMED.items():
         if key.startswith(ours):
             return theirs + key.removeprefix(ours)
@@ -72,18 +91,20 @@ def write_checkpoint(model: Blip2, folder: Path, *, stage: str, metrics: dict[st
         question_conditioned=model.question_conditioned,
         model=model.config,
         frozen=frozen_hashes(model.config),
+        parts=tuple(part for part in PARTS if part in model.bridge.parts),
     )
     (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
     save_file(bridge_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
-    model.tokenizer.save_pretrained(folder / "tokenizer")
-    model.text_tokenizer.save_pretrained(folder / "text_tokenizer")
+    for name, tokenizer in (("tokenizer", model.tokenizer), ("text_tokenizer", model.text_tokenizer)):
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / name)
     (folder / "preprocessor.json").write_text(model.preprocess.model_dump_json(indent=2) + "\n")
     (folder / "recipe.yaml").write_text(recipe_yaml)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
 
 def read_config(folder: Path) -> CheckpointConfig:
-    """config.json, checked.
+    """config.json, checked; sources inside the checkpoint are absolute paths in it.
 
     Raises:
         MissingFile: no such folder or file. CheckpointError: not a checkpoint of a format this version reads.
@@ -101,30 +122,39 @@ def read_config(folder: Path) -> CheckpointConfig:
             f"{path}: expected checkpoint format {FORMAT}, found {found!r}; upgrade qforge or train again"
         )
     try:
-        return CheckpointConfig.model_validate(tree)
+        config = CheckpointConfig.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         raise CheckpointError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return config.model_copy(update={"model": resolved(config.model, folder)})
 
 
 def load_checkpoint(folder: Path | str, device: str = "cpu") -> Blip2:
     """The model of a checkpoint, in eval mode; see the module's text for what is checked."""
     folder = Path(folder)
     config = read_config(folder)
-    found = frozen_hashes(config.model)
-    for name, expected in config.frozen.items():
-        if found.get(name) != expected:
-            raise CheckpointError(
-                f"{folder}: its frozen {name} had SHA-256 {expected[:12]}…, found {str(found.get(name))[:12]}…; "
-                f"the bridge fits only the halves it was trained with"
-            )
-    model = new_blip2(config.model, config.question_conditioned)
+    require_halves(folder, config, config.model)
+    model = new_blip2(config.model, config.question_conditioned, config.parts)
     load_bridge(model, folder)
     return model.eval().to(device)
 
 
-def load_bridge(model: Blip2, folder: Path) -> None:
-    """Copy a checkpoint's trained part into `model`, strictly."""
+def require_halves(folder: Path, config: CheckpointConfig, model: ModelConfig) -> None:
+    """CheckpointError unless the halves that `model` names are those the checkpoint was trained with.
+
+    A half that either side does not have is not compared.
+    """
+    found = frozen_hashes(model)
+    for name, expected in config.frozen.items():
+        if getattr(model, name.partition("/")[0]) is not None and found.get(name) != expected:
+            raise CheckpointError(
+                f"{folder}: its frozen {name} had SHA-256 {expected[:12]}…, found {str(found.get(name))[:12]}…; "
+                f"the bridge fits only the halves it was trained with"
+            )
+
+
+def load_bridge(model: Blip2, folder: Path, fresh: Collection[Part] = ()) -> None:
+    """Copy a checkpoint's trained part into `model`, strictly; `fresh` parts are not there and stay as made."""
     path = folder / WEIGHTS
     try:
         tensors = load_file(path)
@@ -132,7 +162,8 @@ def load_bridge(model: Blip2, folder: Path) -> None:
         raise MissingFile(f"{path} is missing; the checkpoint is incomplete, train again") from error
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged ({error}); copy it again from its source") from error
-    own = {_theirs(key): tensor for key, tensor in model.bridge.state_dict().items()}
+    own = {their_name(key): tensor for key, tensor in model.bridge.state_dict().items()}
+    own = {key: tensor for key, tensor in own.items() if part_of(key) not in fresh}
     if missing := sorted(own.keys() - tensors.keys()):
         raise CheckpointError(f"{path} lacks {len(missing)} tensors, the first is {missing[0]}")
     if unknown := sorted(tensors.keys() - own.keys()):

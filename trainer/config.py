@@ -36,11 +36,23 @@ class QFormerConfig(Settings):
     """Width of the shared image-text space of ITC."""
     max_text_tokens: PositiveInt = 32
     """Longest text (tokens) the Q-Former reads; longer text is cut, its end token kept."""
+    text_positions: PositiveInt = 512
+    """Rows of the text position table (BERT's number)."""
+    vocabulary: PositiveInt | None = None
+    """Rows of the word embeddings; null: as many as the text tokenizer has tokens."""
+    layer_norm_eps: PositiveFloat = 1e-12
+    """Epsilon of every LayerNorm in the Q-Former and of the generation head (BERT's number)."""
+    activation: str = "gelu"
+    """Non-linearity of both feed-forward networks and the generation head, by transformers' name (ACT2FN)."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "QFormerConfig":
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; choose heads that divide it")
+        if self.max_text_tokens > self.text_positions:
+            raise ValueError(
+                f"max_text_tokens {self.max_text_tokens} is more than text_positions {self.text_positions}"
+            )
         return self
 
 
@@ -75,13 +87,19 @@ class ModelConfig(Settings):
     """Which halves are bridged, and by what."""
 
     vision: str = DEMO
-    """Image encoder: a local folder or hub id in Hugging Face format, or `demo`."""
+    """Image encoder: a local folder or hub id in Hugging Face format, or `demo`. `./x` is inside the checkpoint."""
     vision_layer: int = -1
-    """Hidden state handed to the Q-Former: -1 is the last layer, -2 the penultimate (BLIP-2's choice for CLIP)."""
-    language: str = DEMO
-    """Frozen language model, decoder-only or encoder-decoder: a local folder or hub id, or `demo`."""
-    text_tokenizer: str = DEMO
-    """Tokenizer of the Q-Former's text side (a BERT folder as published), or `demo`."""
+    """Hidden state handed to the Q-Former: -1 is the last layer's (before the tower's own final norm, if it has one),
+    -2 the penultimate (BLIP-2's choice for CLIP)."""
+    image_size: PositiveInt | None = None
+    """Side of the pixels (224 to 490 as published); position embeddings are interpolated; null: the tower's own."""
+    image_norm_eps: PositiveFloat = 1e-5
+    """Epsilon of the trained LayerNorm on image features (LAVIS 1e-5; a Hugging Face BLIP-2 has 1e-6)."""
+    language: str | None = DEMO
+    """Frozen language model, decoder-only or encoder-decoder: a local folder or hub id, or `demo`; null: none, for
+    retrieval alone."""
+    text_tokenizer: str | None = DEMO
+    """Tokenizer of the Q-Former's text side (a BERT folder as published), or `demo`; null: no text side."""
     qformer: QFormerConfig = QFormerConfig()
     """The bridge that is trained."""
     caption_prompt: str = ""

@@ -10,10 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
+from runtime.errors import InputError
 from trainer.config import QFormerConfig
 
-LAYER_NORM_EPS = 1e-12
+
+def activation(name: str) -> nn.Module:
+    """A non-linearity by transformers' name ("gelu", "gelu_new", "relu" …); InputError for one it does not have."""
+    if name not in ACT2FN:
+        raise InputError(f"qformer.activation: expected one of {', '.join(sorted(ACT2FN))}, found {name!r}")
+    made: nn.Module = ACT2FN[name]
+    return made
 
 
 # Shape letters: B rows, I images, Q queries, T text tokens, L = Q + T, N image tokens, E image width, H width,
@@ -62,7 +70,7 @@ class Residual(nn.Module):
     def __init__(self, config: QFormerConfig, inner_width: int) -> None:
         super().__init__()
         self.dense = nn.Linear(inner_width, config.width)
-        self.LayerNorm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.LayerNorm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, inner: Tensor, residual_BLH: Tensor) -> Tensor:
@@ -89,20 +97,21 @@ class Intermediate(nn.Module):
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.width, config.ffn_width)
+        self.activation = activation(config.activation)
 
     def forward(self, states_BLH: Tensor) -> Tensor:
-        return F.gelu(self.dense(states_BLH))
+        return self.activation(self.dense(states_BLH))
 
 
 class Layer(nn.Module):
     """Shared self-attention; for the queries, cross-attention where the layer has it; own FFNs for queries and text."""
 
-    def __init__(self, config: QFormerConfig, image_width: int, sees_image: bool) -> None:
+    def __init__(self, config: QFormerConfig, image_width: int, sees_image: bool, reads_text: bool) -> None:
         super().__init__()
         self.attention = AttentionBlock(config, config.width)
         self.crossattention = AttentionBlock(config, image_width) if sees_image else None
-        self.intermediate = Intermediate(config)
-        self.output = Residual(config, config.ffn_width)
+        self.intermediate = Intermediate(config) if reads_text else None
+        self.output = Residual(config, config.ffn_width) if reads_text else None
         self.intermediate_query = Intermediate(config)
         self.output_query = Residual(config, config.ffn_width)
 
@@ -117,7 +126,7 @@ class Layer(nn.Module):
             if self.crossattention is not None:
                 query_BQH = self.crossattention(query_BQH, image_keys, None)
             parts.append(self.output_query(self.intermediate_query(query_BQH), query_BQH))
-        if states_BLH.shape[1] > queries:
+        if self.intermediate is not None and self.output is not None and states_BLH.shape[1] > queries:
             text_BTH = states_BLH[:, queries:]
             parts.append(self.output(self.intermediate(text_BTH), text_BTH))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -126,10 +135,10 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     """The stack of layers; a module of its own so that key names equal transformers'."""
 
-    def __init__(self, config: QFormerConfig, image_width: int) -> None:
+    def __init__(self, config: QFormerConfig, image_width: int, reads_text: bool) -> None:
         super().__init__()
         self.layer = nn.ModuleList(
-            Layer(config, image_width, sees_image=i % config.cross_attention_frequency == 0)
+            Layer(config, image_width, sees_image=i % config.cross_attention_frequency == 0, reads_text=reads_text)
             for i in range(config.layers)
         )
 
@@ -139,13 +148,16 @@ class Encoder(nn.Module):
 
 
 class QFormer(nn.Module):
-    """Queries and text embeddings in, hidden states out; equal to `Blip2QFormerModel` within 1e-5 in fp32."""
+    """Queries and text embeddings in, hidden states out; equal to `Blip2QFormerModel` within 1e-5 in fp32.
 
-    def __init__(self, config: QFormerConfig, image_width: int) -> None:
+    Without `reads_text` there is no text FFN (a published stage-2 model has none) and no text may be given.
+    """
+
+    def __init__(self, config: QFormerConfig, image_width: int, *, reads_text: bool = True) -> None:
         super().__init__()
-        self.layernorm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.layernorm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.encoder = Encoder(config, image_width)
+        self.encoder = Encoder(config, image_width, reads_text)
 
     def image_keys(self, image_embeds_INE: Tensor) -> ImageKeys:
         """Project each image once for all cross-attention layers."""

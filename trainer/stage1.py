@@ -34,7 +34,7 @@ class Stage1:
         keys = bridge.image_keys(bridge.post_layernorm(features_BNE))
         image_BQC, generated_BTV = bridge.image_and_generation(keys, *_for_generation(model, texts))
         text_BC = bridge.text_features(texts.ids, texts.mask)
-        logits_BB = similarities(image_BQC, text_BC) / bridge.temperature
+        logits_BB = bridge.over_temperature(similarities(image_BQC, text_BC))
         parts: dict[str, Tensor] = {}
         if config.itc_weight:
             parts["itc"] = config.itc_weight * itc_loss(logits_BB, same_BB, config.label_smoothing)

@@ -4,14 +4,18 @@ Everything the bridge stands between is a Hugging Face class in a Hugging Face f
 through the same door as CLIP and OPT do.
 """
 
+import inspect
 import json
 import math
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
     AutoModel,
     AutoTokenizer,
     CLIPVisionConfig,
@@ -23,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from runtime.errors import CheckpointError, MissingFile
+from runtime.errors import CheckpointError, InputError, MissingFile
 from runtime.preprocess import PreprocessSettings
 from trainer.config import DEMO
 
@@ -38,7 +42,11 @@ RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 # Shape letters: B images, N image tokens, E image width
 class VisionTower(nn.Module):
-    """A Hugging Face vision model that hands out one of its hidden states, frozen and in eval mode."""
+    """A Hugging Face vision model that hands out one of its hidden states, frozen and in eval mode.
+
+    `layer` indexes transformers' `hidden_states`: -1 is what the last layer gives, before any norm of the tower itself
+    (BLIP-2's final norm is trained and lives in our bridge).
+    """
 
     def __init__(self, model: PreTrainedModel, layer: int, preprocess: PreprocessSettings) -> None:
         super().__init__()
@@ -46,6 +54,10 @@ class VisionTower(nn.Module):
         self.layer = layer
         self.preprocess = preprocess
         self.width = int(model.config.hidden_size)
+        resizes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        self._options = (
+            {"interpolate_pos_encoding": True} if resizes and _side(model.config) != preprocess.height else {}
+        )
 
     def train(self, mode: bool = True) -> "VisionTower":
         """Stay in eval mode: a frozen tower has no dropout (LAVIS disables its train switch too)."""
@@ -53,9 +65,8 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Image features [B, N, E]; the class token, where there is one, comes first."""
-        if self.layer == -1:
-            return self.model(pixel_values=pixels_BCHW).last_hidden_state
-        return self.model(pixel_values=pixels_BCHW, output_hidden_states=True).hidden_states[self.layer]
+        states = self.model(pixel_values=pixels_BCHW, output_hidden_states=True, **self._options).hidden_states
+        return states[self.layer]
 
 
 def source_folder(source: str, half: str) -> str:
@@ -71,12 +82,80 @@ def source_folder(source: str, half: str) -> str:
     return str(folder)
 
 
-def load_vision(source: str, layer: int) -> VisionTower:
-    """Vision tower from a local folder or hub id; of a two-tower model (CLIP, SigLIP) the vision half."""
+def load_vision(source: str, layer: int, image_size: int | None = None) -> VisionTower:
+    """Vision tower from a local folder or hub id; of a two-tower model (CLIP, SigLIP) the vision half.
+
+    `image_size` (pixels) is the side it shall read; None: its own.
+    """
     folder = source_folder(source, "vision")
-    model = load_pretrained(AutoModel, folder, unexpected="left")
+    model = load_pretrained(_vision_class(folder), folder, unexpected="left")
     model = getattr(model, "vision_model", model)
-    return VisionTower(model, layer, read_preprocess(folder, model.config))
+    layers = int(model.config.num_hidden_layers)
+    if not -layers - 1 <= layer <= layers:
+        raise InputError(f"model.vision_layer: expected -{layers + 1} to {layers} for {folder}, found {layer}")
+    if image_size is not None and image_size != _side(model.config):
+        _resize_positions(model, image_size, folder)
+    return VisionTower(model, layer, read_preprocess(folder, model.config, image_size))
+
+
+def _vision_class(folder: str) -> Any:
+    """AutoModel, or the class the folder names where transformers has no automatic one (BLIP-2's own ViT)."""
+    config = _config(folder)
+    if type(config) in MODEL_MAPPING:
+        return AutoModel
+    named = (config.architectures or ["none"])[0]
+    if not hasattr(transformers, named):
+        raise CheckpointError(
+            f"{folder}: expected a vision model that transformers {transformers.__version__} has, "
+            f"found {named} ({config.model_type})"
+        )
+    return getattr(transformers, named)
+
+
+def _config(folder: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise MissingFile(f"{folder} holds no model that transformers can read: {error}") from error
+
+
+def _side(vision_config: Any) -> int:
+    """Side of the pixels (a square) that a tower was made for."""
+    size = vision_config.image_size
+    sides = {int(side) for side in size} if isinstance(size, list | tuple) else {int(size)}
+    if len(sides) != 1:
+        raise CheckpointError(f"expected a vision tower for square images, found image_size {size}")
+    return sides.pop()
+
+
+@torch.no_grad()
+def _resize_positions(model: PreTrainedModel, side: int, folder: str) -> None:
+    """Interpolate the position embeddings to `side` pixels once, by the tower's own rule (bicubic).
+
+    The result is handed out in place of that rule from then on, so a traced graph holds the table, not the resize.
+    """
+    embeddings = next((part for part in model.modules() if hasattr(part, "interpolate_pos_encoding")), None)
+    patch = model.config.patch_size
+    if embeddings is None:
+        raise InputError(
+            f"model.image_size: {type(model).__name__} in {folder} cannot interpolate its positions; "
+            f"leave it at {_side(model.config)} pixels"
+        )
+    if not isinstance(patch, int) or side % patch:
+        raise InputError(f"model.image_size: expected a multiple of the patch size {patch} of {folder}, found {side}")
+    tables: list[Tensor] = []
+    own_rule = embeddings.interpolate_pos_encoding
+
+    def watched(*arguments: Any) -> Tensor:
+        tables.append(own_rule(*arguments))
+        return tables[-1]
+
+    embeddings.interpolate_pos_encoding = watched
+    flag = "interpolate_pos_encoding"
+    options = {flag: True} if flag in inspect.signature(embeddings.forward).parameters else {}
+    embeddings(torch.zeros(1, 3, side, side), **options)
+    embeddings.register_buffer("resized_positions", tables[-1].clone(), persistent=False)
+    embeddings.interpolate_pos_encoding = lambda *_: embeddings.resized_positions
 
 
 def load_tokenizer(source: str, half: str) -> PreTrainedTokenizerBase:
@@ -113,8 +192,10 @@ def load_pretrained(kind: Any, folder: str, *, unexpected: Literal["left", "refu
     return model
 
 
-def read_preprocess(folder: str, vision_config: Any) -> PreprocessSettings:
+def read_preprocess(folder: str, vision_config: Any, image_size: int | None = None) -> PreprocessSettings:
     """What the tower wants of its pixels: size from its config, resampling and mean/std from preprocessor_config.json.
+
+    `image_size` replaces the size of the config.
 
     Evaluation images are resized to a square without cropping, as BLIP-2 does (LAVIS blip_image_eval).
     """
@@ -122,12 +203,15 @@ def read_preprocess(folder: str, vision_config: Any) -> PreprocessSettings:
     if not path.is_file():
         raise MissingFile(f"{path} is missing: it says how images are normalised for this tower. Copy it there")
     stored = json.loads(path.read_text())
-    side = int(vision_config.image_size)
+    side = _side(vision_config) if image_size is None else image_size
+    number = stored.get("resample", 3)
+    if number not in RESAMPLE:
+        raise CheckpointError(f"{path}: expected resample {', '.join(map(str, RESAMPLE))} (PIL), found {number}")
     return PreprocessSettings.model_validate(
         {
             "height": side,
             "width": side,
-            "resample": RESAMPLE.get(stored.get("resample", 3), "bicubic"),
+            "resample": RESAMPLE[number],
             "mean": tuple(stored["image_mean"]),
             "std": tuple(stored["image_std"]),
         }

@@ -5,7 +5,7 @@ point holds weights, optimiser state and a step number, nothing else.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,7 +20,8 @@ from runtime.evaluate import evaluate
 from runtime.files import atomic_folder
 from runtime.progress import Progress
 from trainer.blip2 import Blip2, new_blip2
-from trainer.checkpoint import load_bridge, write_checkpoint
+from trainer.bridge import PARTS, Part
+from trainer.checkpoint import load_bridge, read_config, require_halves, write_checkpoint
 from trainer.config import ModelConfig, Stage1Config, StageConfig, VqaConfig
 from trainer.data import FeatureStore, ImageRows, ResolvedData, rows_at
 from trainer.demo_world import scorers_for
@@ -31,6 +32,12 @@ from trainer.stage1 import Stage1
 
 StageName = Literal["stage1", "stage2", "vqa"]
 STAGES: tuple[StageName, ...] = ("stage1", "stage2", "vqa")
+NEEDED: dict[StageName, tuple[Part, ...]] = {
+    "stage1": ("text", "contrast", "matching", "generation", "temperature"),
+    "stage2": ("language",),
+    "vqa": ("text", "language"),
+}
+"""What of the bridge a stage trains beyond its core."""
 EVAL_BATCH = 64
 
 
@@ -77,9 +84,15 @@ def run_stage(
     from stage to stage.
     """
     torch.manual_seed(seed)
-    blip2 = new_blip2(model, question_conditioned=stage == "vqa")
+    given = PARTS if init is None else read_config(init).parts
+    fresh = _fresh_parts(model, given)
+    blip2 = new_blip2(model, stage == "vqa", (*given, *fresh))
+    blip2.bridge.need(*NEEDED[stage])
     if init is not None:
-        load_bridge(blip2, init)
+        require_halves(init, read_config(init), model)
+        load_bridge(blip2, init, fresh)
+    if fresh:
+        progress.note(f"{stage}: {init} has no {', '.join(fresh)} part; it starts from random weights")
     plan = _plan(blip2, data, config, store, progress)
     partial = out.with_name(f".{out.name}.partial")
     history = _fit(stage, blip2, plan, config, seed, partial, progress)
@@ -91,6 +104,11 @@ def run_stage(
     if broken:
         progress.note(f"{stage}: {len(broken)} images could not be read and were replaced; metrics.json names them")
     return out
+
+
+def _fresh_parts(model: ModelConfig, given: Sequence[Part]) -> tuple[Part, ...]:
+    """Only the projection into a language model may be new: a retrieval checkpoint that is given one has none yet."""
+    return ("language",) if model.language is not None and "language" not in given else ()
 
 
 def _plan(model: Blip2, data: ResolvedData, config: StageConfig, store: FeatureStore, progress: Progress) -> Plan:

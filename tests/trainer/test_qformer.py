@@ -55,9 +55,7 @@ def test_equals_transformers(frequency: int, text_lengths: tuple[int, ...] | Non
 @pytest.fixture
 def bridge() -> Bridge:
     torch.manual_seed(1)
-    return Bridge(
-        QFormerConfig(**SIZES), image_width=IMAGE_WIDTH, language_width=32, vocabulary=VOCABULARY, positions=40
-    ).eval()
+    return Bridge(QFormerConfig(**SIZES), image_width=IMAGE_WIDTH, language_width=32, vocabulary=VOCABULARY).eval()
 
 
 IDS = torch.tensor([[2, 10, 11, 12, 3], [2, 20, 21, 3, 0]])
