@@ -139,11 +139,12 @@ def graphs_of(model: Blip2) -> dict[str, Graph]:
     Raises:
         InputError: the language model cannot take an image prefix.
     """
-    graphs = (_vision(model), _qformer(model), _embed(model), _language(model))
+    graphs = (vision_graph(model), _qformer(model), _embed(model), _language(model))
     return {graph.name: graph for graph in graphs}
 
 
-def _vision(model: Blip2) -> Graph:
+def vision_graph(model: Blip2) -> Graph:
+    """Pixels → image_embeds; what every bundle begins with."""
     side = model.preprocess
     pixels = InputPlan(torch.zeros(BATCH, 3, side.height, side.width), {0: "batch"})
     return Graph("vision", VisionGraph(model).eval(), {"pixels": pixels}, {"image_embeds": {0: "batch"}})

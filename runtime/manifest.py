@@ -49,14 +49,14 @@ class GraphEntry(FileEntry):
 class ModelFacts(Settings):
     """What the graphs are together."""
 
-    style: Literal["decoder-only"]
-    """Kind of language model, which decides the decode loop."""
+    style: Literal["decoder-only", "encoder-decoder", "none"]
+    """Kind of language model, which decides the decode loop; none: the bundle searches and does not answer."""
     queries: PositiveInt
     """Query vectors, and so prefix positions, per image."""
     qformer_width: PositiveInt
     """Hidden size of the Q-Former."""
-    language_width: PositiveInt
-    """Embedding width of the language model."""
+    language_width: PositiveInt | None
+    """Embedding width of the language model; null where there is none."""
     question_conditioned: bool
     """Whether the Q-Former reads the question."""
 
@@ -66,16 +66,18 @@ class Limits(Settings):
 
     max_batch: PositiveInt
     """Images or sequences in one run of a graph."""
-    max_positions: PositiveInt
-    """Positions of the language model, prefix included."""
+    max_positions: NonNegativeInt
+    """Positions of the language model, prefix included; 0 where there is none."""
     max_question_tokens: NonNegativeInt
     """Question tokens the Q-Former reads; 0 when the question does not condition it."""
-    max_new_tokens: PositiveInt
-    """Tokens a request may ask for."""
+    max_new_tokens: NonNegativeInt
+    """Tokens a request may ask for; 0 where there is no language model."""
+    max_text_tokens: NonNegativeInt = 0
+    """Tokens of a text that the retrieval graphs read; 0 where there are none (bundles written before they existed)."""
 
 
 class Prompts(Settings):
-    """Text handed to the language model after the image."""
+    """Text handed to the language model after the image; empty where there is none."""
 
     caption: str
     """For a caption."""
@@ -84,13 +86,13 @@ class Prompts(Settings):
 
 
 class Generation(Settings):
-    """Defaults of decoding."""
+    """Defaults of decoding; no end token and no new tokens where there is no language model."""
 
     eos_token_ids: tuple[int, ...]
     """Any of them ends an answer."""
     pad_token_id: int
     """Fed for rows of a batch that have ended."""
-    max_new_tokens: PositiveInt
+    max_new_tokens: NonNegativeInt
     """Tokens generated unless a request says otherwise."""
 
 
@@ -104,9 +106,9 @@ class Manifest(Settings):
     model: ModelFacts
     """What the graphs are together."""
     precision: Literal["fp32", "int8"]
-    """Of the vision and Q-Former graphs."""
+    """Of the vision, Q-Former and retrieval graphs."""
     language_precision: Literal["fp32", "int8"]
-    """Of the language graph."""
+    """Of the language graph; fp32 where there is none."""
     limits: Limits
     """Refused beyond."""
     preprocess: PreprocessSettings
@@ -116,7 +118,7 @@ class Manifest(Settings):
     generation: Generation
     """Defaults."""
     graphs: dict[str, GraphEntry]
-    """By name: vision, qformer, embed, language."""
+    """By name: vision; to answer: qformer, embed, language; to search: itc_image, itc_text, itm."""
     files: dict[str, str]
     """Path inside the bundle → SHA-256 of every other file."""
     made_by: dict[str, str]
