@@ -67,26 +67,27 @@ class RowWriter:
     """Appends rows of one shape to a raw file."""
 
     def __init__(self, path: Path, dtype: Dtype) -> None:
-        self._file, self._dtype, self._digest = path.open("wb"), np.dtype(dtype), hashlib.sha256()
+        self._path, self._dtype, self._digest = path, np.dtype(dtype), hashlib.sha256()
         self.rows = 0
         self.shape: tuple[int, ...] = ()
 
     def append(self, rows: Floats) -> None:
         """Add rows; InputError when a value does not fit the type."""
-        stored = rows.astype(self._dtype)
+        with np.errstate(over="ignore"):  # told below, as an error
+            stored = rows.astype(self._dtype)
         if not np.isfinite(stored).all():
             raise InputError(
                 f"index: a feature is not a number or too large for {self._dtype}; try --dtype float32, and check the "
                 f"bundle: qforge verify"
             )
         data = np.ascontiguousarray(stored).tobytes()
-        self._file.write(data)
+        with self._path.open("ab") as file:
+            file.write(data)
         self._digest.update(data)
         self.rows, self.shape = self.rows + len(rows), rows.shape[1:]
 
-    def close(self) -> str:
-        """Finish the file; returns its SHA-256."""
-        self._file.close()
+    def sha256(self) -> str:
+        """Of all rows so far."""
         return self._digest.hexdigest()
 
 
@@ -195,8 +196,6 @@ def _finish(
 ) -> IndexFacts:
     lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
     (folder / ITEMS).write_text(lines, encoding="utf-8")
-    if embeds is not None:
-        embeds.close()
     facts = IndexFacts(
         format=FORMAT,
         kind=kind,
@@ -206,7 +205,7 @@ def _finish(
         dtype=dtype,
         features=features.shape,
         image_embeds=None if embeds is None else embeds.shape,
-        sha256={FEATURES: features.close(), ITEMS: sha256_of(folder / ITEMS)},
+        sha256={FEATURES: features.sha256(), ITEMS: sha256_of(folder / ITEMS)},
         broken=broken,
     )
     write_json_atomic(folder / INDEX, facts.model_dump(mode="json"))

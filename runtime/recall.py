@@ -93,7 +93,6 @@ def evaluate_retrieval(
         made = embed_to(folder, retriever, data.images, "float32", keep_embeds=bool(candidates), progress=progress)
         if made.broken:
             raise ImageError(next(iter(made.broken.values())))
-        made.features.close()
         text_SF = _text_features(retriever, data.texts)
         features = mapped(folder / FEATURES, "float32", (len(data.images), *made.features.shape))
         scores_IS = itc_scores(features, text_SF)
@@ -101,7 +100,6 @@ def evaluate_retrieval(
         by_text = [best_rows(scores, max(candidates, *AT)) for scores in scores_IS.T]
         metrics = _recalls("itc", by_image, by_text, data)
         if made.embeds is not None:
-            made.embeds.close()
             embeds = mapped(folder / EMBEDS, "float32", (len(data.images), *made.embeds.shape))
             final_IS = _reranked(retriever, embeds.__getitem__, scores_IS, by_image, by_text, data.texts, progress)
             by_image = [row[best_rows(final_IS[image, row], max(AT))] for image, row in enumerate(by_image)]
