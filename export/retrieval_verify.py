@@ -69,11 +69,13 @@ class RetrievalVerdict:
 
 
 def draw_pairs(manifests: Sequence[Path], requests: Sequence[Request], seed: int) -> list[Pair]:
-    """Each image of the requests with a caption of its own (of another where it has none), then with another's.
+    """Each image of the requests with a caption of its own (of any where it has none), then with another image's.
 
     Raises:
         DataError: fewer than two different captions in the manifests.
     """
+    if not requests:
+        return []
     captions: dict[str, list[str]] = {}
     for path in manifests:
         for row in read_manifest(path):

@@ -17,6 +17,7 @@ from export.config import Precision
 from qforge import actions
 from qforge.recipe import Recipe
 from qforge.steps import Done, Step, folder_lock, run_steps
+from runtime.errors import InputError
 from runtime.files import write_text_atomic
 from trainer.config import DEMO, ModelConfig
 
@@ -44,6 +45,11 @@ class Finished:
 
 def run(recipe: Recipe, out: Path, *, until: str | None = None, say: Callable[[str], None] | None = None) -> Finished:
     """Bring every step of the recipe up to date in `out`, or those up to and with `until`; `say` gets the lines."""
+    if recipe.export.heads == "retrieval":
+        raise InputError(
+            "export.heads: expected generate or both, found retrieval: a run measures answers. Make a bundle that only "
+            f"searches from its stage 1: qforge export {out / STAGE_FOLDERS['stage1']} --heads retrieval"
+        )
     table = steps_of(recipe, out)
     if until is not None:
         table = table[: [step.name for step in table].index(until) + 1]

@@ -15,11 +15,12 @@ from runtime.answers import Request
 from runtime.bundle import Bundle, read_bundle
 from runtime.dataset import read_manifest
 from runtime.errors import CheckFailed, CheckpointError, DataError, InputError
+from runtime.recall import evaluate_retrieval
 from runtime.replay import replay
 from runtime.retrieval import Retrieval
 from runtime.search import itc_scores
 from runtime.text import normalise_caption
-from tests.export.conftest import CONFIG, FP32, Export
+from tests.export.conftest import CONFIG, FP32, QUIET, Export
 from tests.hf_retrieval import hf_scores
 from trainer.blip2 import Blip2
 from trainer.checkpoint import load_checkpoint
@@ -129,6 +130,15 @@ def test_they_replay_and_their_card_tells(both: Bundle, searching: Bundle) -> No
     assert parity["retrieval_scores"]["pairs"] == 12
     assert parity["retrieval_scores"]["itc_max_error"] < 1e-5
     assert "greedy_answers" not in parity
+
+
+def test_recall_is_the_same_with_eager_and_bundle(both: Bundle, model: Blip2, world: Path) -> None:
+    rows = read_manifest(world / "captions_train.jsonl")
+    eager = evaluate_retrieval(EagerRetrieval(model), rows, candidates=12, progress=QUIET)
+    with Retrieval(both, backend="ort", threads=1) as retrieval:
+        assert evaluate_retrieval(retrieval, rows, candidates=12, progress=QUIET) == eager
+    assert (eager.images, len(eager.metrics)) == (24, 12)
+    assert 0 < eager.metrics["itm_text_to_image_r10"] < 1, "scores of random weights are neither all right nor wrong"
 
 
 def test_int8_is_quantised_and_close(export: Export, both: Bundle, tmp_path: Path, model, images_and_texts) -> None:
