@@ -17,7 +17,7 @@ from export.card import card
 from export.config import ExportConfig, Heads, Precision
 from export.facts import precision_of
 from export.graphs import Arrays, Graph
-from export.retrieval_graphs import FINAL_STAGES, chosen_heads, graph_set
+from export.retrieval_graphs import TRAINS_HEADS, chosen_heads, graph_set
 from export.retrieval_verify import draw_pairs, judge_retrieval, retrieval_feeds, verify_retrieval
 from export.trace import ONNX_FOLDER, describe, trace
 from export.verdicts import Verdicts
@@ -75,7 +75,7 @@ def export_bundle(
     require_finite(graphs.all)
     language_precision = config.language_precision if graphs.answering else "fp32"
     limits = facts.limits(model, config, heads)
-    if heads == "both" and stage not in FINAL_STAGES:
+    if heads == "both" and stage not in TRAINS_HEADS:
         progress.note(STALE.format(checkpoint=checkpoint, stage=stage))
     made_by = facts.made_by(checkpoint)
     drawn = draw(

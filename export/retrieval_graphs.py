@@ -17,7 +17,7 @@ from runtime.errors import InputError
 from trainer.blip2 import Blip2
 from trainer.retrieval import require_heads
 
-FINAL_STAGES = ("stage1", "retrieval")
+TRAINS_HEADS = ("stage1", "retrieval")
 """Stages that train the retrieval heads with the Q-Former; every later one moves the Q-Former away from them."""
 
 
@@ -40,14 +40,16 @@ def chosen_heads(model: Blip2, wanted: Heads | None, stage: str) -> Heads:
     """What the bundle will do: as the setting says, else what the checkpoint's last stage trained.
 
     Raises:
-        InputError: answering is wanted of a model without a language model.
+        InputError: answering is wanted of a model without a language model, or without a projection into it.
     """
-    speaks = model.language_model is not None
+    projects = "language_projection" in dict(model.bridge.named_children())
+    speaks = model.language_model is not None and projects
     if wanted is None:
-        return "generate" if speaks and stage not in FINAL_STAGES else "retrieval"
+        return "generate" if speaks and stage not in TRAINS_HEADS else "retrieval"
     if wanted != "retrieval" and not speaks:
         raise InputError(
-            f"export.heads: expected retrieval, found {wanted}: this checkpoint has no language model to answer with"
+            f"export.heads: expected retrieval, found {wanted}: this checkpoint has no language model to answer with, "
+            f"or no projection into it"
         )
     return wanted
 

@@ -71,7 +71,7 @@ def _texts_row(result: Result) -> Image.Image:
         matched = "" if hit.match_probability is None else f" · match {100 * hit.match_probability:.0f} %"
         lines += [(line, INK) for line in textwrap.wrap(f"{place + 1}.  {text}", TEXT_CHARS)]
         lines.append((f"itc {hit.itc:.3f}{matched}", FAINT))
-    row, draw = _blank(TILE + 3 * GAP + TEXT_CHARS * 8, 2 * GAP + max(TILE + LINE, len(lines) * LINE))
+    row, draw = _blank(TILE + 3 * GAP + TEXT_CHARS * 7, 2 * GAP + max(TILE + LINE, len(lines) * LINE))
     _show(row, result.query, (GAP, GAP))
     _write(draw, (GAP, GAP + TILE + 2), [textwrap.shorten(Path(result.query).name, COLUMN_CHARS)], FONT_SIZE, FAINT, 0)
     for number, (line, colour) in enumerate(lines):

@@ -167,6 +167,9 @@ def test_a_model_without_language_searches_and_nothing_else(checkpoint: Path) ->
     model.language_model = None
     assert chosen_heads(model, None, "vqa") == "retrieval"
     assert set(graph_set(model, "retrieval").all) == RETRIEVAL_GRAPHS
+    unprojected = load_checkpoint(checkpoint)
+    unprojected.bridge.language_projection = None
+    assert chosen_heads(unprojected, None, "vqa") == "retrieval"
     with pytest.raises(InputError, match="expected retrieval, found generate: this checkpoint has no language model"):
         chosen_heads(model, "generate", "stage1")
 

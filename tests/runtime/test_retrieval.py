@@ -1,6 +1,7 @@
 """A bundle that searches, on a real engine: scores as told by hand, ranking, recall, index on disk."""
 
 import json
+import resource
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 import runtime
 from runtime.bundle import read_bundle
 from runtime.dataset import Row
-from runtime.errors import CheckFailed, DataError, ImageError, InputError, MissingFile
+from runtime.errors import CheckFailed, DataError, ImageError, InputError, MissingFile, OutOfSpace
 from runtime.index import EMBEDS, FEATURES, INDEX, ITEMS, Index, write_image_index, write_text_index
 from runtime.progress import Progress
 from runtime.recall import captioned, evaluate_retrieval
@@ -247,6 +248,18 @@ def test_a_failed_run_keeps_the_old_index(
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match=r"expected an empty folder or one with index\.json"):
         write_image_index(retrieval, pictures, tmp_path / "mine", dtype="float32", keep_embeds=True, progress=QUIET)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(retrieval: Retrieval, pictures: list[Path], tmp_path: Path) -> None:
+    """A limit on file size stands for the full disk: the system refuses the same write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, before[1]))
+    try:
+        with pytest.raises(OutOfSpace, match="no space left while writing"):
+            write_image_index(retrieval, pictures, tmp_path / "no", dtype="float32", keep_embeds=True, progress=QUIET)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_values_beyond_half_precision_are_refused(
