@@ -39,8 +39,11 @@ def draw(
     verification_images: int,
     seed: int,
     progress: Progress,
+    answers: bool = True,
 ) -> Drawn:
     """Draw images that can be read from all manifests together; captions and answers do not matter.
+
+    `answers` is False for a bundle that only searches, which needs no question.
 
     Raises:
         DataError: no manifest, too few images, or no question although the model reads questions.
@@ -70,7 +73,7 @@ def draw(
     groups = [_requests(model, image, questions[image], rng) for image in images]
     drawn = Drawn(_flat(groups[:calibration_images]), _flat(groups[calibration_images:]))
     for part in (drawn.calibration, drawn.verification):
-        if model.question_conditioned and part and not any(request.question for request in part):
+        if answers and model.question_conditioned and part and not any(request.question for request in part):
             raise DataError(f"{names}: the model reads questions, found none about the images drawn; add a manifest")
     return drawn
 

@@ -3,31 +3,68 @@
 Every figure is read from the manifest or from the verification that has just passed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from export.verify import Verdict
+from export.judge import Parity
+from export.verdicts import Verdicts
 from runtime.manifest import Manifest
 
 
-def card(manifest: Manifest, verdict: Verdict, checkpoint_stage: str) -> str:
+def card(manifest: Manifest, verdict: Verdicts, checkpoint_stage: str) -> str:
     """Markdown text."""
-    model, limits, prompts = manifest.model, manifest.limits, manifest.prompts
-    reads = "reads the question" if model.question_conditioned else "does not read the question"
-    rows = verdict.captions + verdict.questions
+    parts = "image encoder, Q-Former" + (", projection, language model" if verdict.answers else "")
     return f"""# qforge bundle, {manifest.precision}
 
-A BLIP-2-style model (image encoder, Q-Former, projection, language model) as ONNX graphs that run without PyTorch.
+A BLIP-2-style model ({parts}) as ONNX graphs that run without PyTorch.
 
-- Checkpoint: trained up to `{checkpoint_stage}`, SHA-256 `{manifest.made_by["checkpoint"]}`
-- Vision graph and Q-Former: {manifest.precision}. Language model: {manifest.language_precision}. Token embedding: fp32.
-- {model.queries} queries of width {model.qformer_width}; language width {model.language_width}; the Q-Former {reads}.
-- Images: {manifest.preprocess.height} x {manifest.preprocess.width} pixels, {manifest.preprocess.resample}
-- Limits: {limits.max_batch} requests a batch, {limits.max_positions} positions, {limits.max_new_tokens} new tokens
-- Prompts: caption `{prompts.caption!r}`, question `{prompts.vqa!r}`
+{_facts(manifest, checkpoint_stage)}
 
 ## Run it
 
-```bash
+{_usage(verdict)}
+
+## Size
+
+{_sizes(manifest)}
+
+## Distance from eager PyTorch
+
+Measured with onnxruntime on a CPU, on {_measured_on(verdict)}. Error is the largest difference as a fraction of the
+largest value. A bundle that misses a tolerance is never written; all outputs are in `parity.json`.
+
+{_parities(verdict.parities)}
+
+{_outcome(verdict)}
+
+## Made by
+
+{_versions(manifest.made_by)}
+"""
+
+
+def _facts(manifest: Manifest, checkpoint_stage: str) -> str:
+    model, limits, prompts = manifest.model, manifest.limits, manifest.prompts
+    lines = [
+        f"Checkpoint: trained up to `{checkpoint_stage}`, SHA-256 `{manifest.made_by['checkpoint']}`",
+        f"Vision graph and Q-Former: {manifest.precision}."
+        + (f" Language model: {manifest.language_precision}. Token embedding: fp32." if model.language_width else ""),
+        f"{model.queries} queries of width {model.qformer_width}",
+        f"Images: {manifest.preprocess.height} x {manifest.preprocess.width} pixels, {manifest.preprocess.resample}",
+    ]
+    if limits.max_text_tokens:
+        lines.append(f"Searching: texts of up to {limits.max_text_tokens} tokens, {limits.max_batch} pairs a batch")
+    if model.language_width:
+        reads = "reads the question" if model.question_conditioned else "does not read the question"
+        lines += [
+            f"Answering: language width {model.language_width}; the Q-Former {reads}.",
+            f"Limits: {limits.max_batch} requests a batch, {limits.max_positions} positions, "
+            f"{limits.max_new_tokens} new tokens",
+            f"Prompts: caption `{prompts.caption!r}`, question `{prompts.vqa!r}`",
+        ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+ANSWERING = """```bash
 qforge caption . photo.jpg
 qforge vqa . photo.jpg "what colour is the circle?"
 qforge verify .
@@ -38,26 +75,40 @@ import runtime
 
 with runtime.load(".") as pipeline:
     print(pipeline.caption("photo.jpg")[0].text)
-```
+```"""
+SEARCHING = """```bash
+qforge index . photos/ --out photos.index
+qforge search photos.index "a red circle"
+qforge verify .
+```"""
 
-## Size
 
-{_sizes(manifest)}
+def _usage(verdict: Verdicts) -> str:
+    return "\n\n".join([*([ANSWERING] if verdict.answers else []), *([SEARCHING] if verdict.scores else [])])
 
-## Distance from eager PyTorch
 
-Measured on {verdict.images} real images ({verdict.captions} captions, {verdict.questions} questions) with onnxruntime
-on a CPU. Error is the largest difference as a fraction of the largest value. A bundle that misses a tolerance is never
-written; all outputs are in `parity.json`.
+def _measured_on(verdict: Verdicts) -> str:
+    found = []
+    if verdict.answers:
+        of = verdict.answers
+        found.append(f"{of.images} real images ({of.captions} captions, {of.questions} questions)")
+    if verdict.scores:
+        found.append(f"{verdict.scores.pairs} pairs of {verdict.scores.images} real images with real captions")
+    return " and ".join(found)
 
-{_parities(verdict)}
 
-Greedy answers equal to eager PyTorch, token for token: {verdict.equal_answers} of {rows}.
-
-## Made by
-
-{_versions(manifest.made_by)}
-"""
+def _outcome(verdict: Verdicts) -> str:
+    lines = []
+    if verdict.answers:
+        of = verdict.answers
+        rows = of.captions + of.questions
+        lines.append(f"Greedy answers equal to eager PyTorch, token for token: {of.equal_answers} of {rows}.")
+    if verdict.scores:
+        lines.append(
+            f"Scores of whole searches: ITC cosines within {verdict.scores.itc_error:.1e} of eager PyTorch, ITM logits "
+            f"within {verdict.scores.match_error:.1e} of the largest."
+        )
+    return "\n\n".join(lines)
 
 
 def _sizes(manifest: Manifest) -> str:
@@ -75,14 +126,14 @@ def _some(names: Mapping[str, object]) -> str:
     return ", ".join(first) + (f" and {len(names) - len(first)} more" if len(names) > len(first) else "")
 
 
-def _parities(verdict: Verdict) -> str:
+def _parities(parities: Sequence[Parity]) -> str:
     """The worst output of each graph and case."""
     lines = [
         "| graph | case | precision | worst output | error | allowed | cosine | needed |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for graph, case in dict.fromkeys((parity.graph, parity.case) for parity in verdict.parities):
-        of_case = [parity for parity in verdict.parities if (parity.graph, parity.case) == (graph, case)]
+    for graph, case in dict.fromkeys((parity.graph, parity.case) for parity in parities):
+        of_case = [parity for parity in parities if (parity.graph, parity.case) == (graph, case)]
         worst = max(of_case, key=lambda parity: parity.max_error)
         cosine = min(parity.cosine for parity in of_case)
         lines.append(

@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model
 from runtime.settings import Settings
 
 Precision = Literal["fp32", "int8"]
+Heads = Literal["generate", "retrieval", "both"]
 
 
 class Tolerance(Settings):
@@ -27,6 +28,10 @@ class ExportConfig(Settings):
     """Bundles that `qforge run` makes, one folder each (`bundle-fp32`, `bundle-int8`)."""
     language_precision: Precision = "fp32"
     """Numeric type of the language model's weights; the vision graph and the Q-Former take the bundle's precision."""
+    heads: Heads | None = None
+    """What the bundle can do: generate (caption, vqa), retrieval (index, search), or both; null: what the checkpoint's
+    last stage trained. Stage 2 and the fine-tunes on captions or questions move the Q-Former and leave the retrieval
+    heads behind, so searching with such a checkpoint works less well than with its stage 1."""
     calibration_images: PositiveInt = 128
     """Images that INT8 activation ranges are measured on; fewer in the manifests is an error."""
     verification_images: PositiveInt = 32

@@ -5,10 +5,10 @@ import importlib.metadata
 import platform
 from pathlib import Path
 
-from export.config import ExportConfig, Precision
+from export.config import ExportConfig, Heads, Precision
 from runtime.errors import InputError
 from runtime.files import sha256_of
-from runtime.manifest import Generation, Limits, Manifest, ModelFacts
+from runtime.manifest import Generation, Limits, Manifest, ModelFacts, Prompts
 from runtime.speaker import LANGUAGE_GRAPHS
 from trainer.blip2 import Blip2
 from trainer.checkpoint import WEIGHTS
@@ -25,8 +25,13 @@ def precision_of(manifest: Manifest, graph: str) -> Precision:
     return own.get(graph, manifest.precision)
 
 
-def limits(model: Blip2, config: ExportConfig) -> Limits:
+def limits(model: Blip2, config: ExportConfig, heads: Heads) -> Limits:
     """What the graphs can be asked for; InputError when the language model cannot meet the settings."""
+    texts = 0 if heads == "generate" else model.config.qformer.max_text_tokens
+    if heads == "retrieval":
+        return Limits(
+            max_batch=config.max_batch, max_positions=0, max_question_tokens=0, max_new_tokens=0, max_text_tokens=texts
+        )
     trained = getattr(model.language_model.config, "max_position_embeddings", None)
     positions = config.max_positions or trained or UNSTATED_POSITIONS
     if trained is not None and positions > trained:
@@ -44,23 +49,34 @@ def limits(model: Blip2, config: ExportConfig) -> Limits:
         max_positions=positions,
         max_question_tokens=model.config.qformer.max_text_tokens if model.question_conditioned else 0,
         max_new_tokens=sayable,
+        max_text_tokens=texts,
     )
 
 
-def model_facts(model: Blip2) -> ModelFacts:
+def model_facts(model: Blip2, heads: Heads) -> ModelFacts:
     """Sizes of the model."""
+    answers = heads != "retrieval"
     return ModelFacts(
-        style=model.style,
+        style=model.style if answers else "none",
         queries=model.config.qformer.queries,
         qformer_width=model.config.qformer.width,
-        language_width=model.language_model.get_input_embeddings().embedding_dim,
-        question_conditioned=model.question_conditioned,
+        language_width=model.language_model.get_input_embeddings().embedding_dim if answers else None,
+        question_conditioned=answers and model.question_conditioned,
         qformer_reads=model.config.qformer_reads,
     )
 
 
-def generation(model: Blip2) -> Generation:
+def prompts(model: Blip2, heads: Heads) -> Prompts:
+    """Prompt templates."""
+    if heads == "retrieval":
+        return Prompts(caption="", vqa="")
+    return Prompts(caption=model.config.caption_prompt, vqa=model.config.vqa_prompt)
+
+
+def generation(model: Blip2, heads: Heads) -> Generation:
     """Defaults of decoding."""
+    if heads == "retrieval":
+        return Generation(eos_token_ids=(), pad_token_id=0, max_new_tokens=0)
     return Generation(
         eos_token_ids=model.end_token_ids,
         pad_token_id=model.pad_token_id,

@@ -94,10 +94,11 @@ def graphs_of(model: Blip2) -> dict[str, Graph]:
         InputError: the language model keeps no plain key-value cache.
     """
     language = (_language(model),) if model.style == "decoder-only" else (_encoder(model), _decoder(model))
-    return {graph.name: graph for graph in (_vision(model), _qformer(model), _embed(model), *language)}
+    return {graph.name: graph for graph in (vision_graph(model), _qformer(model), _embed(model), *language)}
 
 
-def _vision(model: Blip2) -> Graph:
+def vision_graph(model: Blip2) -> Graph:
+    """Pixels → image_embeds; what every bundle begins with."""
     side = model.preprocess
     pixels = InputPlan(torch.zeros(BATCH, 3, side.height, side.width), {0: "batch"})
     return Graph("vision", VisionGraph(model).eval(), {"pixels": pixels}, {"image_embeds": {0: "batch"}})

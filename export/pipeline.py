@@ -14,22 +14,28 @@ from tokenizers import Tokenizer
 from export import facts, quantize
 from export.calibration import calibration_feeds, draw
 from export.card import card
-from export.config import ExportConfig, Precision
+from export.config import ExportConfig, Heads, Precision
 from export.facts import precision_of
-from export.graphs import Graph, graphs_of
+from export.graphs import Arrays, Graph
+from export.retrieval_graphs import TRAINS_HEADS, chosen_heads, graph_set
+from export.retrieval_verify import draw_pairs, judge_retrieval, retrieval_feeds, verify_retrieval
 from export.trace import ONNX_FOLDER, describe, trace
+from export.verdicts import Verdicts
 from export.verify import judge_graphs, verify
-from runtime.answers import Request
 from runtime.bundle import MANIFEST, Bundle, read_bundle, write_manifest
 from runtime.errors import CheckFailed, InputError
 from runtime.files import atomic_folder, write_json_atomic
-from runtime.manifest import Prompts
 from runtime.pipeline import QFORMER_TOKENIZER, TOKENIZER
 from runtime.progress import Progress
 from runtime.reference import REFERENCE, write_reference
 from runtime.speaker import LANGUAGE_GRAPHS
 from trainer.blip2 import Blip2
 from trainer.checkpoint import load_checkpoint, read_config
+
+STALE = (
+    "{checkpoint}: its retrieval heads were trained in stage 1, and {stage} has moved the Q-Former since; see how well "
+    "it still searches: qforge evaluate BUNDLE --data captions.jsonl --task retrieval"
+)
 
 
 def export_bundle(
@@ -52,21 +58,26 @@ def export_bundle(
         precision: Numeric type written into the vision graph and the Q-Former.
         calibration: Manifests of real images, read together. Ranges are calibrated on some of them (INT8) and the
             result is verified on others. A model whose Q-Former reads the question needs questions among them; one
-            manifest of questions is then enough, because any image can be captioned.
+            manifest of questions is then enough, because any image can be captioned. Retrieval graphs need captions.
         recipe_yaml: The resolved recipe, kept as text beside the result.
         reuse: A bundle made from the same checkpoint, whose fp32 graphs are copied instead of traced again.
         progress: Where bars are shown.
 
     Raises:
         CheckFailed: NaN, or a graph or an answer too far from eager; names the graph and its worst tensor.
-        DataError: too few images, or no questions.
+        DataError: too few images, no questions, or no captions.
         InputError: limits the model cannot meet, `reuse` from another checkpoint, or `out` holds foreign files.
         CheckpointError, BundleError, OutOfSpace: as their names say.
     """
     model = load_checkpoint(checkpoint)
-    graphs = graphs_of(model)
-    require_finite(graphs)
-    limits = facts.limits(model, config)
+    stage = read_config(checkpoint).stage
+    heads = chosen_heads(model, config.heads, stage)
+    graphs = graph_set(model, heads)
+    require_finite(graphs.all)
+    language_precision = config.language_precision if graphs.answering else "fp32"
+    limits = facts.limits(model, config, heads)
+    if heads == "both" and stage not in TRAINS_HEADS:
+        progress.note(STALE.format(checkpoint=checkpoint, stage=stage))
     made_by = facts.made_by(checkpoint)
     drawn = draw(
         model,
@@ -75,39 +86,58 @@ def export_bundle(
         verification_images=config.verification_images,
         seed=config.seed,
         progress=progress,
+        answers=bool(graphs.answering),
     )
+    pairs = {
+        part: draw_pairs(calibration, requests, config.seed) if graphs.searching else []
+        for part, requests in (("calibration", drawn.calibration), ("verification", drawn.verification))
+    }
     with atomic_folder(out, replaces=MANIFEST) as folder:
-        _write_tokenizers(model, folder)
+        _write_tokenizers(model, folder, heads)
         (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
 
         def state(precision: Precision, language_precision: Precision) -> Bundle:
             """The folder as a real bundle, which is what gets verified."""
             manifest = write_manifest(
                 folder,
-                model=facts.model_facts(model),
+                model=facts.model_facts(model, heads),
                 precision=precision,
                 language_precision=language_precision,
                 limits=limits,
                 preprocess=model.preprocess,
-                prompts=Prompts(caption=model.config.caption_prompt, vqa=model.config.vqa_prompt),
-                generation=facts.generation(model),
-                graphs={name: describe(_graph_file(folder, name)) for name in graphs},
+                prompts=facts.prompts(model, heads),
+                generation=facts.generation(model, heads),
+                graphs={name: describe(_graph_file(folder, name)) for name in graphs.all},
                 made_by=made_by,
             )
             return Bundle(folder, manifest)
 
-        traced = _write_fp32_graphs(graphs, folder, _reusable(reuse, made_by), progress)
-        if traced and "int8" in (precision, config.language_precision):  # a wrong trace must not pass as INT8 noise
-            judge_graphs(state("fp32", "fp32"), model, graphs, drawn.verification, config, progress)
-        _write_precision(model, graphs, folder, precision, config.language_precision, drawn.calibration, progress)
-        bundle = state(precision, config.language_precision)
-        verdict = verify(bundle, model, graphs, drawn.verification, config, progress)
-        write_reference(folder / REFERENCE, verdict.cases, verdict.chain)
+        traced = _write_fp32_graphs(graphs.all, folder, _reusable(reuse, made_by), progress)
+        if traced and "int8" in (precision, language_precision):  # a wrong trace must not pass as INT8 noise
+            bundle = state("fp32", "fp32")
+            if graphs.answering:
+                judge_graphs(bundle, model, graphs.answering, drawn.verification, config, progress)
+            if graphs.searching:
+                judge_retrieval(bundle, model, graphs.searching, pairs["verification"], config, progress)
+        feeds = dict[str, list[Arrays]]()
+        if precision == "int8" and graphs.searching:
+            feeds |= retrieval_feeds(model, graphs.searching, pairs["calibration"])
+        if precision == "int8" and graphs.answering:
+            feeds |= calibration_feeds(model, graphs.answering, drawn.calibration)
+        weights = LANGUAGE_GRAPHS[model.style] if language_precision == "int8" else ()
+        _write_precision(folder, feeds, weights, progress)
+        bundle = state(precision, language_precision)
+        answers, scores = None, None
+        if graphs.answering:
+            answers = verify(bundle, model, graphs.answering, drawn.verification, config, progress)
+        if graphs.searching:
+            scores = verify_retrieval(bundle, model, graphs.searching, pairs["verification"], config, progress)
+        verdict = Verdicts(answers, scores)
+        write_reference(folder / REFERENCE, verdict.cases, *verdict.chains)
         drawn_by = {"calibration_images": len({r.image for r in drawn.calibration}), "seed": config.seed}
         write_json_atomic(folder / "parity.json", verdict.as_json() | drawn_by)
-        text = card(bundle.manifest, verdict, read_config(checkpoint).stage)
-        (folder / "README.md").write_text(text, encoding="utf-8")
-        state(precision, config.language_precision)
+        (folder / "README.md").write_text(card(bundle.manifest, verdict, stage), encoding="utf-8")
+        state(precision, language_precision)
     return out
 
 
@@ -127,7 +157,7 @@ def _write_fp32_graphs(graphs: Mapping[str, Graph], folder: Path, known: Bundle 
     traced = 0
     with progress.bar("tracing", len(graphs)) as bar:
         for name, graph in graphs.items():
-            if known is not None and precision_of(known.manifest, name) == "fp32":
+            if known is not None and name in known.manifest.graphs and precision_of(known.manifest, name) == "fp32":
                 entry = known.manifest.graphs[name]
                 for file in (entry, entry.data):
                     if file is not None:
@@ -140,22 +170,14 @@ def _write_fp32_graphs(graphs: Mapping[str, Graph], folder: Path, known: Bundle 
 
 
 def _write_precision(
-    model: Blip2,
-    graphs: Mapping[str, Graph],
-    folder: Path,
-    precision: Precision,
-    language_precision: Precision,
-    requests: Sequence[Request],
-    progress: Progress,
+    folder: Path, feeds: Mapping[str, Sequence[Arrays]], weights: Sequence[str], progress: Progress
 ) -> None:
-    """Put the numeric types into the graphs, in place."""
+    """Put INT8 into the graphs, in place: calibrated on `feeds` where a graph has them; of `weights`, into these alone."""
     jobs: list[Callable[[], None]] = []
-    if precision == "int8":
-        for name, feeds in calibration_feeds(model, graphs, requests).items():
-            jobs.append(partial(quantize.quantize_activations, _graph_file(folder, name), feeds))
-    if language_precision == "int8":
-        for name in LANGUAGE_GRAPHS[model.style]:
-            jobs.append(partial(quantize.quantize_weights, _graph_file(folder, name)))
+    for name, of_graph in feeds.items():
+        jobs.append(partial(quantize.quantize_activations, _graph_file(folder, name), of_graph))
+    for name in weights:
+        jobs.append(partial(quantize.quantize_weights, _graph_file(folder, name)))
     if jobs:
         with progress.bar("quantising", len(jobs)) as bar:
             for job in jobs:
@@ -163,9 +185,9 @@ def _write_precision(
                 bar.advance()
 
 
-def _write_tokenizers(model: Blip2, folder: Path) -> None:
-    pairs = {TOKENIZER: model.tokenizer}
-    if model.question_conditioned:
+def _write_tokenizers(model: Blip2, folder: Path, heads: Heads) -> None:
+    pairs = {} if heads == "retrieval" else {TOKENIZER: model.tokenizer}
+    if heads != "generate" or model.question_conditioned:
         pairs[QFORMER_TOKENIZER] = model.text_tokenizer
     for name, tokenizer in pairs.items():
         own = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

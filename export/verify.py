@@ -138,11 +138,12 @@ def judge_graphs(
                 decoder.generate(prefix_BQD, prompts, manifest.generation.max_new_tokens, Stopwatch())
                 bar.advance()
     parities = tuple(parity for judge in judges.values() for parity in judge.parities.values())
-    _require_parity(parities)
+    require_parity(parities)
     return Judged(parities, tuple(case for judge in judges.values() for case in judge.cases.values()))
 
 
-def _require_parity(parities: Sequence[Parity]) -> None:
+def require_parity(parities: Sequence[Parity]) -> None:
+    """CheckFailed naming the worst output when one misses its tolerance."""
     missed = sorted((p for p in parities if not p.ok), key=lambda p: p.max_error / max(p.allowed_error, 1e-12))
     if missed:
         worst = missed[-1]

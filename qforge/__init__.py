@@ -11,16 +11,17 @@ if TYPE_CHECKING:
     from qforge.recipe import Recipe as Recipe
     from qforge.recipe import load_recipe as load_recipe
     from runtime import load as load
+    from runtime import load_retrieval as load_retrieval
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "__version__", "load", "load_recipe"]
+__all__ = ["Recipe", "__version__", "load", "load_recipe", "load_retrieval"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        from runtime import load
+    if name in {"load", "load_retrieval"}:
+        import runtime
 
-        return load
+        return getattr(runtime, name)
     if name in {"Recipe", "load_recipe"}:
         from qforge import recipe
 

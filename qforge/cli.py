@@ -24,9 +24,11 @@ app = typer.Typer(
 data = typer.Typer(help="Data sets: check one, or draw the demo world.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data, name="data")
 
-Task = Literal["caption", "vqa"]
+Task = Literal["caption", "vqa", "retrieval"]
 Stage = Literal["stage1", "stage2", "vqa"]
 Precision = Literal["fp32", "int8"]
+Heads = Literal["generate", "retrieval", "both"]
+Dtype = Literal["float16", "float32"]
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, such as recipes/demo.yaml.")]
 RunFolder = Annotated[Path, typer.Option("--out", help="Folder of the run; the same folder again goes on.")]
@@ -43,6 +45,9 @@ Init = Annotated[
 Backend = Annotated[str, typer.Option(help="Engine that runs the graphs; `qforge doctor` lists what is here.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; without it, one per physical core.")]
 Prompt = Annotated[str | None, typer.Option(help="Replaces the bundle's prompt; {} is the question.")]
+Candidates = Annotated[
+    int, typer.Option(help="Best of the contrastive ranking that matching looks at again; 0: none, which is fastest.")
+]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Longest text (tokens); without it, the bundle's own limit.")]
 
 
@@ -175,6 +180,10 @@ def export(
     language_precision: Annotated[
         Precision | None, typer.Option(help="Of the language model; without it, the recipe's.")
     ] = None,
+    heads: Annotated[
+        Heads | None,
+        typer.Option(help="What it can do: caption and vqa, index and search; without it, what was trained last."),
+    ] = None,
     overrides: Overrides = None,
 ) -> Outcome:
     """Write a bundle from a checkpoint.
@@ -184,7 +193,7 @@ def export(
     """
     from qforge import verbs_bundle
 
-    return verbs_bundle.export(checkpoint, out, precision, language_precision, calibration, overrides or [])
+    return verbs_bundle.export(checkpoint, out, precision, language_precision, heads, calibration, overrides or [])
 
 
 @verb(app, "verify", "qforge verify runs/demo/bundle-int8")
@@ -248,18 +257,79 @@ def vqa(
     return verbs_answer.vqa(bundle, image, questions, prompt, max_new_tokens, backend, threads)
 
 
+@verb(app, "index", "qforge index bundle-retrieval photos/ more.jsonl --out photos.index")
+def index(
+    bundle: BundleFolder,
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="SOURCE...", help="Images, folders of images, manifests; with --texts also .txt files."),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="INDEX", help="Folder to write; an older index is replaced.")],
+    texts: Annotated[
+        bool, typer.Option("--texts", help="Index captions (of manifests, or a .txt with one a line), not images.")
+    ] = False,
+    small: Annotated[
+        bool,
+        typer.Option("--small", help="Keep no embeddings: a far smaller index, but a search reads its images again."),
+    ] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Of the stored features.")] = "float16",
+    backend: Backend = "ort",
+    threads: Threads = None,
+) -> Outcome:
+    """Make images, or texts, ready to be searched.
+
+    Images that cannot be read are left out and named.
+    """
+    from qforge import verbs_retrieval
+
+    return verbs_retrieval.index(bundle, sources, out, texts, small, dtype, backend, threads)
+
+
+@verb(app, "search", 'qforge search photos.index "a red circle left of a blue square" --top 3 --picture hits.png')
+def search(
+    folder: Annotated[Path, typer.Argument(metavar="INDEX", help="Folder that `qforge index` made.")],
+    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT...", help="What to look for in images.")] = None,
+    images: Annotated[
+        list[Path] | None, typer.Option("--image", metavar="FILE", help="Image to find texts for; repeatable.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Results per query.")] = 5,
+    candidates: Candidates = 128,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Save the results as one picture, with their scores.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the bundle is now, if it was moved after indexing.")
+    ] = None,
+    backend: Backend = "ort",
+    threads: Threads = None,
+) -> Outcome:
+    """Find images by text, or texts by image.
+
+    Contrast picks the candidates, matching ranks them.
+    """
+    from qforge import verbs_retrieval
+
+    return verbs_retrieval.search(folder, texts or [], images or [], top, candidates, picture, bundle, backend, threads)
+
+
 @verb(app, "evaluate", "qforge evaluate runs/demo/bundle-int8 --data runs/demo/data/vqa_test.jsonl --task vqa")
 def evaluate(
     path: EitherFolder,
     manifest: Annotated[Path, typer.Option("--data", metavar="FILE", help="Manifest to score on.")],
     task: Annotated[Task, typer.Option(help="What is asked of the images.")],
-    batch_size: Annotated[int, typer.Option(help="Requests answered together.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Requests answered together (caption, vqa).")] = 8,
+    candidates: Candidates = 128,
     backend: Backend = "ort",
     threads: Threads = None,
 ) -> Outcome:
-    """Score a bundle or checkpoint on a data set."""
-    from qforge import verbs_bundle
+    """Score a bundle or checkpoint on a data set.
 
+    Retrieval: recall at 1, 5 and 10 in both directions, by contrast alone (itc) and re-ranked by matching (itm).
+    """
+    from qforge import verbs_bundle, verbs_retrieval
+
+    if task == "retrieval":
+        return verbs_retrieval.evaluate(path, manifest, candidates, backend, threads)
     return verbs_bundle.evaluate(path, manifest, task, batch_size, backend, threads)
 
 

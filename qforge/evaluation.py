@@ -3,13 +3,16 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from runtime.answers import Answerer
 from runtime.dataset import Row
 from runtime.errors import InputError, MissingFile, require
 from runtime.evaluate import Evaluation, evaluate
 from runtime.progress import Bar, Progress
+
+if TYPE_CHECKING:
+    from runtime.retrieval import Retriever
 
 Kind = Literal["bundle", "checkpoint"]
 
@@ -54,6 +57,24 @@ def evaluate_rows(
     scorers = scorers_for(rows) if task == "caption" else {}
     with reporting(title) as progress:
         return evaluate(answerer, rows, task=task, batch_size=batch_size, scorers=scorers, progress=progress)
+
+
+@contextmanager
+def open_retriever(path: Path, backend: str, threads: int | None) -> Iterator["Retriever"]:
+    """A bundle that searches, or eager PyTorch over the checkpoint (on which `backend` has no say)."""
+    if kind_of(path) == "bundle":
+        from runtime import load_retrieval
+
+        with load_retrieval(path, backend, threads) as retrieval:
+            yield retrieval
+        return
+    torch = require("torch", extra="train", why="Scoring with a checkpoint")
+    from trainer.checkpoint import load_checkpoint
+    from trainer.retrieval import EagerRetrieval
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    yield EagerRetrieval(load_checkpoint(path))
 
 
 @contextmanager

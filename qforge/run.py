@@ -17,6 +17,7 @@ from export.config import Precision
 from qforge import actions
 from qforge.recipe import Recipe
 from qforge.steps import Done, Step, folder_lock, run_steps
+from runtime.errors import InputError
 from runtime.files import write_text_atomic
 from trainer.config import DEMO, ModelConfig
 
@@ -63,6 +64,11 @@ def run(
 
     `start` is the checkpoint to begin from; the stages behind it are left out.
     """
+    if recipe.export.heads == "retrieval":
+        raise InputError(
+            "export.heads: expected generate or both, found retrieval: a run measures answers. Make a bundle that only "
+            f"searches from its stage 1: qforge export {out / STAGE_FOLDERS['stage1']} --heads retrieval"
+        )
     table = steps_of(recipe, out, start)
     if until is not None:
         table = table[: [step.name for step in table].index(until) + 1]

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from export.config import Precision
+from export.config import Heads, Precision
 from qforge.actions import manifests_of, measure
 from qforge.console import Outcome, must_be_ours
 from qforge.evaluation import evaluate_rows, kind_of, open_answerer
@@ -24,6 +24,7 @@ def export(
     out: Path,
     precision: Precision,
     language_precision: Precision | None,
+    heads: Heads | None,
     calibration: Sequence[Path],
     overrides: Sequence[str],
 ) -> Outcome:
@@ -31,6 +32,8 @@ def export(
     must_be_ours(out, "manifest.json")
     if language_precision is not None:
         overrides = [*overrides, f"export.language_precision={language_precision}"]
+    if heads is not None:
+        overrides = [*overrides, f"export.heads={heads}"]
     recipe = _recipe_of(checkpoint, overrides)
     require("onnx", extra="export", why="Exporting")
     from export.pipeline import export_bundle
@@ -111,13 +114,20 @@ def _inspect_bundle(path: Path) -> Outcome:
     manifest = read_bundle(path).manifest
     model, limits = manifest.model, manifest.limits
     lines = [
-        f"bundle, format {manifest.format}, {manifest.precision}, language model {manifest.language_precision}",
-        f"model: {model.style}, {model.queries} queries of width {model.qformer_width}, language width "
-        f"{model.language_width}, Q-Former {'reads' if model.question_conditioned else 'does not read'} questions",
+        f"bundle, format {manifest.format}, {manifest.precision}",
+        f"model: {model.queries} queries of width {model.qformer_width}",
         f"pixels: {manifest.preprocess.height} x {manifest.preprocess.width}, {manifest.preprocess.resample}",
-        f"limits: batch {limits.max_batch}, {limits.max_positions} positions, {limits.max_new_tokens} new tokens",
-        f"prompts: caption {manifest.prompts.caption!r}, question {manifest.prompts.vqa!r}",
+        f"batch: at most {limits.max_batch}",
     ]
+    if model.language_width is not None:
+        lines += [
+            f"answers: {model.style}, language model {manifest.language_precision}, width {model.language_width}; "
+            f"Q-Former {'reads' if model.question_conditioned else 'does not read'} questions",
+            f"limits: {limits.max_positions} positions, {limits.max_new_tokens} new tokens",
+            f"prompts: caption {manifest.prompts.caption!r}, question {manifest.prompts.vqa!r}",
+        ]
+    if limits.max_text_tokens:
+        lines.append(f"searches: texts of up to {limits.max_text_tokens} tokens")
     for name, graph in manifest.graphs.items():
         size = graph.bytes + (graph.data.bytes if graph.data else 0)
         lines.append(f"graph {name}: {', '.join(graph.inputs)} -> {', '.join(graph.outputs)} ({_mib(size)})")

@@ -51,13 +51,13 @@ class ModelFacts(Settings):
     """What the graphs are together."""
 
     style: Literal["decoder-only", "encoder-decoder", "none"]
-    """Kind of language model, which decides the decode loop; none: images and texts are matched, nothing is said."""
+    """Kind of language model, which decides the decode loop; none: the bundle searches and does not answer."""
     queries: PositiveInt
     """Query vectors, and so prefix positions, per image."""
     qformer_width: PositiveInt
     """Hidden size of the Q-Former."""
     language_width: PositiveInt | None
-    """Embedding width of the language model; None without one."""
+    """Embedding width of the language model; null where there is none."""
     question_conditioned: bool
     """Whether the Q-Former reads a text beside the image."""
     qformer_reads: QFormerReads = "question"
@@ -69,16 +69,19 @@ class Limits(Settings):
 
     max_batch: PositiveInt
     """Images or sequences in one run of a graph."""
-    max_positions: PositiveInt
-    """Positions of the language model, prefix included; of an encoder-decoder those that the encoder reads."""
+    max_positions: NonNegativeInt
+    """Positions of the language model, prefix included, of an encoder-decoder those that the encoder reads; 0 where
+    there is none."""
     max_question_tokens: NonNegativeInt
     """Question tokens the Q-Former reads; 0 when the question does not condition it."""
-    max_new_tokens: PositiveInt
-    """Tokens a request may ask for."""
+    max_new_tokens: NonNegativeInt
+    """Tokens a request may ask for; 0 where there is no language model."""
+    max_text_tokens: NonNegativeInt = 0
+    """Tokens of a text that the retrieval graphs read; 0 where there are none (bundles written before they existed)."""
 
 
 class Prompts(Settings):
-    """Text handed to the language model after the image."""
+    """Text handed to the language model after the image; empty where there is none."""
 
     caption: str
     """For a caption."""
@@ -87,13 +90,13 @@ class Prompts(Settings):
 
 
 class Generation(Settings):
-    """Defaults of decoding."""
+    """Defaults of decoding; no end token and no new tokens where there is no language model."""
 
     eos_token_ids: tuple[int, ...]
     """Any of them ends an answer."""
     pad_token_id: int
     """Fed for rows of a batch that have ended, and where prompts are shorter than the longest; the mask hides it."""
-    max_new_tokens: PositiveInt
+    max_new_tokens: NonNegativeInt
     """Tokens generated unless a request says otherwise."""
     start_token_id: int | None = None
     """What an encoder-decoder's decoder is fed first; None where the prompt comes first."""
@@ -109,9 +112,9 @@ class Manifest(Settings):
     model: ModelFacts
     """What the graphs are together."""
     precision: Literal["fp32", "int8"]
-    """Of the vision and Q-Former graphs."""
+    """Of the vision, Q-Former and retrieval graphs."""
     language_precision: Literal["fp32", "int8"]
-    """Of the language model's graphs."""
+    """Of the language model's graphs; fp32 where there is none."""
     limits: Limits
     """Refused beyond."""
     preprocess: PreprocessSettings
@@ -121,7 +124,8 @@ class Manifest(Settings):
     generation: Generation
     """Defaults."""
     graphs: dict[str, GraphEntry]
-    """By name: vision, qformer, embed; then language, or encoder and decoder."""
+    """By name: vision; to answer: qformer, embed, then language, or encoder and decoder; to search: itc_image,
+    itc_text, itm."""
     files: dict[str, str]
     """Path inside the bundle → SHA-256 of every other file."""
     made_by: dict[str, str]

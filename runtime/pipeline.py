@@ -26,7 +26,7 @@ from runtime.query_cache import QueryCache
 from runtime.speaker import open_decoder
 from runtime.stopwatch import Stopwatch
 from runtime.text import qformer_text
-from runtime.tokenizer import TextTokenizer
+from runtime.tokenizer import TextTokenizer, cut
 
 TOKENIZER = "tokenizer.json"
 """The language model's tokenizer, in every bundle."""
@@ -39,7 +39,13 @@ class Pipeline:
     """A bundle that is open and ready; satisfies `runtime.answers.Answerer`. Safe to share between threads."""
 
     def __init__(self, bundle: Bundle, *, backend: str, threads: int | None, cache_bytes: int) -> None:
-        """Open every graph; the arguments and errors are those of `runtime.load`."""
+        """Open every graph it answers with; the arguments and errors are those of `runtime.load`."""
+        if bundle.manifest.model.style == "none":
+            raise InputError(
+                f"{bundle.path}: this bundle searches and cannot answer: it was exported without a language model; "
+                f"use qforge index and qforge search, or export a checkpoint that speaks: "
+                f"qforge export CKPT --heads generate"
+            )
         self.bundle = bundle
         self.cache = QueryCache(cache_bytes)
         manifest = bundle.manifest
@@ -138,6 +144,4 @@ class Pipeline:
         text = qformer_text(reads, request.question, self._prompt(request))
         if text is None:
             return None
-        ids = self._qformer_tokenizer.encode(text)
-        limit = self.bundle.manifest.limits.max_question_tokens
-        return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
+        return cut(self._qformer_tokenizer.encode(text), self.bundle.manifest.limits.max_question_tokens)

@@ -5,6 +5,10 @@ The layout is defined here, by its reader; the exporter writes it with `write_re
     graph/<name>/<case>/in/<input>      graph/<name>/<case>/out/<output>      graph/<name>/<case>/tolerance/<output>
     chain/pixels [n,3,H,W]    chain/prompt_ids, chain/question_ids, chain/token_ids [n,T] (rows filled up with -1)
     chain/max_new_tokens      chain/tolerance
+    retrieval/pixels [n,3,H,W]    retrieval/text_ids [n,T]    retrieval/itc [n]    retrieval/match_logits [n,2]
+    retrieval/tolerance
+
+A bundle that only searches has no `chain`, one that only answers no `retrieval`.
 """
 
 import zipfile
@@ -54,16 +58,43 @@ class ChainCase:
     """Largest fraction of rows whose tokens may differ: 0 for fp32."""
 
 
-def write_reference(path: Path, cases: Sequence[GraphCase], chain: ChainCase) -> None:
+@dataclass(frozen=True)
+class RetrievalCase:
+    """Recorded scores of the whole way from pixels and tokens, row by row."""
+
+    pixels_BCHW: npt.NDArray[np.float32]
+    texts: tuple[tuple[int, ...], ...]
+    """Q-Former ids of each row's text."""
+    itc_B: npt.NDArray[np.float32]
+    """Eager's largest cosine."""
+    match_logits_B2: npt.NDArray[np.float32]
+    """Eager's ITM logits."""
+    tolerance: float
+    """Largest error allowed of either, as a fraction of eager's largest value."""
+
+
+def write_reference(
+    path: Path, cases: Sequence[GraphCase], chain: ChainCase | None, retrieval: RetrievalCase | None = None
+) -> None:
     """Write reference.npz."""
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "chain/pixels": chain.pixels_BCHW,
-        "chain/prompt_ids": _filled(chain.prompts),
-        "chain/question_ids": _filled([ids or () for ids in chain.questions]),
-        "chain/token_ids": _filled(chain.token_ids),
-        "chain/max_new_tokens": np.array(chain.max_new_tokens, np.int64),
-        "chain/tolerance": np.array(chain.tolerance, np.float64),
-    }
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    if chain is not None:
+        arrays |= {
+            "chain/pixels": chain.pixels_BCHW,
+            "chain/prompt_ids": _filled(chain.prompts),
+            "chain/question_ids": _filled([ids or () for ids in chain.questions]),
+            "chain/token_ids": _filled(chain.token_ids),
+            "chain/max_new_tokens": np.array(chain.max_new_tokens, np.int64),
+            "chain/tolerance": np.array(chain.tolerance, np.float64),
+        }
+    if retrieval is not None:
+        arrays |= {
+            "retrieval/pixels": retrieval.pixels_BCHW,
+            "retrieval/text_ids": _filled(retrieval.texts),
+            "retrieval/itc": retrieval.itc_B,
+            "retrieval/match_logits": retrieval.match_logits_B2,
+            "retrieval/tolerance": np.array(retrieval.tolerance, np.float64),
+        }
     for case in cases:
         head = f"graph/{case.graph}/{case.case}"
         arrays |= {f"{head}/in/{name}": array for name, array in case.inputs.items()}
@@ -73,22 +104,53 @@ def write_reference(path: Path, cases: Sequence[GraphCase], chain: ChainCase) ->
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
-def read_reference(path: Path) -> tuple[list[GraphCase], ChainCase]:
+@dataclass(frozen=True)
+class Reference:
+    """What reference.npz holds."""
+
+    cases: list[GraphCase]
+    chain: ChainCase | None
+    """None in a bundle that only searches."""
+    retrieval: RetrievalCase | None
+    """None in a bundle that only answers."""
+
+
+def read_reference(path: Path) -> Reference:
     """Read reference.npz; BundleError when it is not one."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays: dict[str, npt.NDArray[Any]] = dict(file)
-        chain = ChainCase(
-            pixels_BCHW=arrays["chain/pixels"],
-            prompts=_rows(arrays["chain/prompt_ids"]),
-            questions=tuple(ids or None for ids in _rows(arrays["chain/question_ids"])),
-            token_ids=_rows(arrays["chain/token_ids"]),
-            max_new_tokens=int(arrays["chain/max_new_tokens"]),
-            tolerance=float(arrays["chain/tolerance"]),
+        reference = Reference(
+            _graph_cases(arrays),
+            _chain(arrays) if "chain/pixels" in arrays else None,
+            _retrieval(arrays) if "retrieval/pixels" in arrays else None,
         )
-        return _graph_cases(arrays), chain
+        if reference.chain is None and reference.retrieval is None:
+            raise KeyError("nothing recorded")
+        return reference
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise BundleError(f"{path}: expected recorded eager results, found other data; export again") from error
+
+
+def _chain(arrays: dict[str, npt.NDArray[Any]]) -> ChainCase:
+    return ChainCase(
+        pixels_BCHW=arrays["chain/pixels"],
+        prompts=_rows(arrays["chain/prompt_ids"]),
+        questions=tuple(ids or None for ids in _rows(arrays["chain/question_ids"])),
+        token_ids=_rows(arrays["chain/token_ids"]),
+        max_new_tokens=int(arrays["chain/max_new_tokens"]),
+        tolerance=float(arrays["chain/tolerance"]),
+    )
+
+
+def _retrieval(arrays: dict[str, npt.NDArray[Any]]) -> RetrievalCase:
+    return RetrievalCase(
+        pixels_BCHW=arrays["retrieval/pixels"],
+        texts=_rows(arrays["retrieval/text_ids"]),
+        itc_B=arrays["retrieval/itc"],
+        match_logits_B2=arrays["retrieval/match_logits"],
+        tolerance=float(arrays["retrieval/tolerance"]),
+    )
 
 
 def _graph_cases(arrays: dict[str, npt.NDArray[Any]]) -> list[GraphCase]:

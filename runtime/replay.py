@@ -14,7 +14,8 @@ import numpy.typing as npt
 from runtime.backends import open_engine
 from runtime.bundle import Bundle
 from runtime.pipeline import Pipeline
-from runtime.reference import REFERENCE, ChainCase, GraphCase, read_reference
+from runtime.reference import REFERENCE, ChainCase, GraphCase, RetrievalCase, read_reference
+from runtime.retrieval import Retrieval
 from runtime.stopwatch import Stopwatch
 
 
@@ -23,7 +24,7 @@ class Check:
     """One output compared with eager's."""
 
     graph: str
-    """Graph and case, as `language/step`; `chain` for the whole pipeline."""
+    """Graph and case, as `language/step`; `chain` for whole answers, `retrieval` for whole scores."""
     output: str
     max_error: float
     """Largest error over largest value; for greedy tokens the fraction of rows that differ. Infinite for NaN."""
@@ -43,9 +44,13 @@ def replay(bundle: Bundle, backend: str = "ort") -> list[Check]:
         BundleError: the bundle has no usable recording.
         BackendUnavailable: the backend's package is not installed.
     """
-    cases, chain = read_reference(bundle.file(REFERENCE))
-    checks = [check for case in cases for check in _replay_graph(bundle, backend, case)]
-    return [*checks, _replay_chain(bundle, backend, chain)]
+    reference = read_reference(bundle.file(REFERENCE))
+    checks = [check for case in reference.cases for check in _replay_graph(bundle, backend, case)]
+    if reference.chain is not None:
+        checks.append(_replay_chain(bundle, backend, reference.chain))
+    if reference.retrieval is not None:
+        checks += _replay_retrieval(bundle, backend, reference.retrieval)
+    return checks
 
 
 def relative_error(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
@@ -76,3 +81,18 @@ def _replay_chain(bundle: Bundle, backend: str, chain: ChainCase) -> Check:
             )
     wrong = sum(ids != expected for ids, expected in zip(found, chain.token_ids, strict=True))
     return Check("chain", "token_ids", wrong / len(found), chain.tolerance)
+
+
+def _replay_retrieval(bundle: Bundle, backend: str, case: RetrievalCase) -> list[Check]:
+    with Retrieval(bundle, backend=backend, threads=None) as retrieval:
+        itc, logits = list[npt.NDArray[Any]](), list[npt.NDArray[Any]]()
+        for start in range(0, len(case.texts), retrieval.max_batch):
+            rows = slice(start, start + retrieval.max_batch)
+            images, texts_BF = retrieval.embed_pixels(case.pixels_BCHW[rows]), retrieval.embed_ids(case.texts[rows])
+            itc.append(np.einsum("bqf,bf->bq", images.features_BQF, texts_BF).max(axis=1))
+            logits.append(retrieval.match_ids(images.image_embeds_BNE, case.texts[rows]))
+    pairs = {"itc": (itc, case.itc_B), "match_logits": (logits, case.match_logits_B2)}
+    return [
+        Check("retrieval", name, relative_error(np.concatenate(found), expected), case.tolerance)
+        for name, (found, expected) in pairs.items()
+    ]

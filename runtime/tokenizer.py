@@ -27,3 +27,8 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out, outer white space stripped."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def cut(ids: list[int], limit: int) -> list[int]:
+    """Ids within `limit`: a longer text loses its tail and keeps its end token, as published (LAVIS max_txt_len)."""
+    return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]

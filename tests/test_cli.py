@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 HELP_S = 0.3
 VERBS = [
     *(["run"], ["train"], ["data", "check"], ["data", "demo"], ["export"], ["verify"], ["inspect"], ["doctor"]),
-    *(["caption"], ["vqa"], ["evaluate"], ["bench"], ["import"], ["to-hf"]),
+    *(["caption"], ["vqa"], ["index"], ["search"], ["evaluate"], ["bench"], ["import"], ["to-hf"]),
 ]
 
 

@@ -69,7 +69,7 @@ def test_answering_needs_no_torch() -> None:
     in_fresh_python(
         "import sys\n"
         f"for name in {sorted(HEAVY)!r}: sys.modules[name] = None\n"
-        "import qforge.verbs_answer, qforge.verbs_bundle, qforge.doctor, qforge.evaluation\n"
+        "import qforge.verbs_answer, qforge.verbs_bundle, qforge.verbs_retrieval, qforge.doctor, qforge.evaluation\n"
     )
 
 

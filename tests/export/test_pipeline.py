@@ -63,6 +63,7 @@ def test_the_manifest_states_the_model(bundle_fp32: Bundle, bundle_int8: Bundle,
         "max_positions": 96,
         "max_question_tokens": model.config.qformer.max_text_tokens,
         "max_new_tokens": 92,
+        "max_text_tokens": 0,
     }
     assert manifest.generation.model_dump() == {
         "eos_token_ids": (model.tokenizer.eos_token_id,),

@@ -138,10 +138,10 @@ def test_nncf_telemetry_is_not_loaded(bundle_int8: Bundle) -> None:
 
 def test_int8_still_tells_questions_apart(bundle_int8: Bundle, graphs: dict[str, Graph]) -> None:
     """Twice the same real image: with a question, and with it hidden."""
-    cases, chain = read_reference(bundle_int8.file(REFERENCE))
-    (run,) = [case for case in cases if case.graph == "vision"]
+    reference = read_reference(bundle_int8.file(REFERENCE))
+    (run,) = [case for case in reference.cases if case.graph == "vision"]
     image = graphs["vision"].run_eager({"pixels": run.inputs["pixels"][:1]})
-    ids = np.array([next(ids for ids in chain.questions if ids)] * 2)
+    ids = np.array([next(ids for ids in reference.chain.questions if ids)] * 2)
     feeds = {
         "image_embeds": np.repeat(image["image_embeds"], 2, axis=0),
         "question_ids": ids,

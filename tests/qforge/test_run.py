@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qforge.recipe import Recipe, load_recipe
+from qforge.run import run as run_recipe
 from qforge.run import steps_of
 from qforge.steps import Done, Step, folder_lock, read_records, run_steps
 from runtime.errors import InputError
@@ -302,3 +303,10 @@ def test_rebuilt_halves_take_the_place_of_the_shipped_ones(demo: Recipe) -> None
     steps = {step.name: step for step in steps_of(rebuilt, Path("out"))}
     assert "halves" in steps["stage1"].after
     assert "halves" not in {step.name for step in steps_of(demo, Path("out"))}
+
+
+def test_a_run_that_could_not_be_measured_does_not_start(tmp_path: Path) -> None:
+    recipe = load_recipe(ROOT / "recipes/smoke.yaml", ["export.heads=retrieval"])
+    with pytest.raises(InputError, match=r"a run measures answers\. .*qforge export .*stage1 --heads retrieval"):
+        run_recipe(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

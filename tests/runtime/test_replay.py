@@ -13,7 +13,8 @@ from runtime.replay import relative_error, replay
 
 @pytest.fixture
 def recording(tiny_bundle):
-    return read_reference(tiny_bundle / REFERENCE)
+    reference = read_reference(tiny_bundle / REFERENCE)
+    return reference.cases, reference.chain
 
 
 def replay_changed(make_tiny_bundle, tmp_path, cases, chain):
@@ -56,7 +57,9 @@ def test_the_file_keeps_everything(tmp_path):
         np.ones((3, 3, 2, 2), np.float32), ((1, 2), (1,), ()), ((5,), None, (6, 7)), ((), (9,), (8, 8)), 4, 0.5
     )
     write_reference(tmp_path / REFERENCE, [case, other], chain)
-    cases, read = read_reference(tmp_path / REFERENCE)
+    reference = read_reference(tmp_path / REFERENCE)
+    cases, read = reference.cases, reference.chain
+    assert reference.retrieval is None
     assert [(c.graph, c.case, c.tolerances) for c in cases] == [
         ("language", "step", {"b/c": 0.1}),
         ("language", "prefill", {"b/c": 0.1}),

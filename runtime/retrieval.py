@@ -1,0 +1,187 @@
+"""A bundle that searches: images and texts → features to compare, and the match of an image with a text.
+
+    with runtime.load_retrieval("bundle-retrieval") as retrieval:
+        images = retrieval.embed_images(["a.jpg", "b.jpg"])
+        scores_IT = itc_scores(images.features_BQF, retrieval.embed_texts(["a red circle"]))
+
+`runtime.index` keeps the features of many images, `runtime.search` ranks them.
+
+Shape letters: B rows, C H W pixels, N image tokens, E image width, Q queries, T text tokens, F contrastive width
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.backends import Arrays, Engine, open_engine
+from runtime.bundle import Bundle
+from runtime.errors import InputError
+from runtime.image_encoder import pad_questions
+from runtime.preprocess import ImageSource, preprocess_batch
+from runtime.text import normalise_caption
+from runtime.tokenizer import TextTokenizer, cut
+
+Floats = npt.NDArray[np.float32]
+
+GRAPHS = ("vision", "itc_image", "itc_text", "itm")
+"""What a bundle needs to search."""
+RETRIEVAL_TOKENIZER = "qformer_tokenizer.json"
+"""The Q-Former's tokenizer; the same file reads questions where they condition the Q-Former."""
+
+
+@dataclass(frozen=True)
+class ImageEmbeddings:
+    """What is kept of images."""
+
+    features_BQF: Floats
+    """Unit-length features for ITC."""
+    image_embeds_BNE: Floats
+    """Vision features for ITM."""
+
+
+class Retriever(Protocol):
+    """Anything that scores images and texts; a bundle (`Retrieval`) or eager PyTorch (`trainer.retrieval`)."""
+
+    max_batch: int
+    """Rows that are computed together; more are split."""
+
+    def embed_images(self, images: Sequence[ImageSource]) -> ImageEmbeddings:
+        """Features [B, Q, F] for ITC and embeddings [B, N, E] for ITM."""
+        ...
+
+    def embed_texts(self, texts: Sequence[str]) -> Floats:
+        """Features [B, F] for ITC."""
+        ...
+
+    def match(self, image_embeds_BNE: Floats, texts: Sequence[str]) -> Floats:
+        """ITM logits [B, 2] (no match, match) of image b with text b."""
+        ...
+
+
+def caption_words(text: str) -> str:
+    """The text as the Q-Former was trained on captions; InputError when no word is left."""
+    words = normalise_caption(text)
+    if not words:
+        raise InputError(f"text: expected words to search with, found {text!r}")
+    return words
+
+
+class Retrieval:
+    """A bundle with retrieval graphs, open and ready. Safe to share between threads."""
+
+    def __init__(self, bundle: Bundle, *, backend: str, threads: int | None) -> None:
+        """Open the graphs; the arguments and errors are those of `runtime.load_retrieval`."""
+        require_retrieval(bundle)
+        with ExitStack() as opened:
+            vision, itc_image, itc_text, itm = (
+                opened.enter_context(open_engine(bundle, name, backend, threads)) for name in GRAPHS
+            )
+            self._graphs = RetrievalGraphs(vision, itc_image, itc_text, itm)
+            self._engines = opened.pop_all()
+        self.bundle = bundle
+        self.max_batch = bundle.manifest.limits.max_batch
+        self._tokenizer = TextTokenizer(bundle.file(RETRIEVAL_TOKENIZER))
+
+    def embed_images(self, images: Sequence[ImageSource]) -> ImageEmbeddings:
+        """Features [B, Q, F] for ITC and embeddings [B, N, E] for ITM; ImageError when one cannot be read."""
+        if not images:
+            raise InputError("expected at least one image, found an empty list")
+        settings = self.bundle.manifest.preprocess
+        parts = [
+            self.embed_pixels(preprocess_batch(images[start : start + self.max_batch], settings))
+            for start in range(0, len(images), self.max_batch)
+        ]
+        return ImageEmbeddings(
+            np.concatenate([part.features_BQF for part in parts]),
+            np.concatenate([part.image_embeds_BNE for part in parts]),
+        )
+
+    def embed_texts(self, texts: Sequence[str]) -> Floats:
+        """Features [B, F] for ITC; InputError for a text without words."""
+        return self.embed_ids(self.token_ids(texts))
+
+    def match(self, image_embeds_BNE: Floats, texts: Sequence[str]) -> Floats:
+        """ITM logits [B, 2] (no match, match) of image b with text b."""
+        return self.match_ids(image_embeds_BNE, self.token_ids(texts))
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Q-Former ids of each text; a long one is cut and keeps its end token, as in training."""
+        if not texts:
+            raise InputError("expected at least one text, found an empty list")
+        limit = self.bundle.manifest.limits.max_text_tokens
+        return [cut(self._tokenizer.encode(caption_words(text)), limit) for text in texts]
+
+    def embed_pixels(self, pixels_BCHW: Floats) -> ImageEmbeddings:
+        """`embed_images` of one batch that is preprocessed already; what serving and replay share."""
+        return self._graphs.embed_pixels(pixels_BCHW)
+
+    def embed_ids(self, ids: Sequence[Sequence[int]]) -> Floats:
+        """`embed_texts` of texts that are tokens already."""
+        return self._in_batches(len(ids), lambda rows: self._graphs.embed_ids(ids[rows]))
+
+    def match_ids(self, image_embeds_BNE: Floats, ids: Sequence[Sequence[int]]) -> Floats:
+        """`match` with texts that are tokens already."""
+        if len(image_embeds_BNE) != len(ids):
+            raise InputError(f"match: expected one text per image, found {len(image_embeds_BNE)} and {len(ids)}")
+        return self._in_batches(len(ids), lambda rows: self._graphs.match_ids(image_embeds_BNE[rows], ids[rows]))
+
+    def close(self) -> None:
+        """Free the graphs."""
+        self._engines.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _in_batches(self, count: int, compute: Callable[[slice], Floats]) -> Floats:
+        starts = range(0, count, self.max_batch)
+        return np.concatenate([compute(slice(start, start + self.max_batch)) for start in starts])
+
+
+class RetrievalGraphs:
+    """The four graphs as functions of one batch; the exporter's judges drive it as serving does."""
+
+    def __init__(self, vision: Engine, itc_image: Engine, itc_text: Engine, itm: Engine) -> None:
+        """The engines stay the caller's to close."""
+        self._vision, self._itc_image, self._itc_text, self._itm = vision, itc_image, itc_text, itm
+
+    def embed_pixels(self, pixels_BCHW: Floats) -> ImageEmbeddings:
+        """Features [B, Q, F] and embeddings [B, N, E]."""
+        embeds_BNE: Floats = self._vision.run({"pixels": pixels_BCHW})["image_embeds"]
+        return ImageEmbeddings(self._itc_image.run({"image_embeds": embeds_BNE})["image_features"], embeds_BNE)
+
+    def embed_ids(self, ids: Sequence[Sequence[int]]) -> Floats:
+        """Features [B, F]."""
+        ids_BT, mask_BT = pad_questions(ids)
+        features_BF: Floats = self._itc_text.run({"text_ids": ids_BT, "text_mask": mask_BT})["text_feature"]
+        return features_BF
+
+    def match_ids(self, image_embeds_BNE: Floats, ids: Sequence[Sequence[int]]) -> Floats:
+        """Logits [B, 2]."""
+        ids_BT, mask_BT = pad_questions(ids)
+        feeds: Arrays = {
+            "image_embeds": np.ascontiguousarray(image_embeds_BNE),
+            "text_ids": ids_BT,
+            "text_mask": mask_BT,
+        }
+        logits_B2: Floats = self._itm.run(feeds)["match_logits"]
+        return logits_B2
+
+
+def require_retrieval(bundle: Bundle) -> None:
+    """InputError when a bundle has no graphs to search with."""
+    if any(name not in bundle.manifest.graphs for name in GRAPHS):
+        raise InputError(
+            f"{bundle.path}: this bundle answers and cannot search: expected the graphs {', '.join(GRAPHS[1:])}, found "
+            f"{', '.join(bundle.manifest.graphs)}; export one from a stage-1 checkpoint: "
+            f"qforge export CKPT --heads retrieval"
+        )
