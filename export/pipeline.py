@@ -172,7 +172,7 @@ def _write_fp32_graphs(graphs: Mapping[str, Graph], folder: Path, known: Bundle 
 def _write_precision(
     folder: Path, feeds: Mapping[str, Sequence[Arrays]], weights: Sequence[str], progress: Progress
 ) -> None:
-    """Put INT8 into the graphs, in place: calibrated on `feeds` where a graph has them; of `weights`, into these alone."""
+    """Put INT8 into the graphs, in place: calibrated on `feeds` where a graph has them, else into `weights` alone."""
     jobs: list[Callable[[], None]] = []
     for name, of_graph in feeds.items():
         jobs.append(partial(quantize.quantize_activations, _graph_file(folder, name), of_graph))
