@@ -12,7 +12,7 @@ from runtime.manifest import Manifest
 def card(manifest: Manifest, verdict: Verdict, checkpoint_stage: str) -> str:
     """Markdown text."""
     model, limits, prompts = manifest.model, manifest.limits, manifest.prompts
-    reads = "reads the question" if model.question_conditioned else "does not read the question"
+    reads = f"reads the {model.qformer_reads}" if model.question_conditioned else "does not read the question"
     rows = verdict.captions + verdict.questions
     return f"""# qforge bundle, {manifest.precision}
 
@@ -20,6 +20,7 @@ A BLIP-2-style model (image encoder, Q-Former, projection, language model) as ON
 
 - Checkpoint: trained up to `{checkpoint_stage}`, SHA-256 `{manifest.made_by["checkpoint"]}`
 - Vision graph and Q-Former: {manifest.precision}. Language model: {manifest.language_precision}. Token embedding: fp32.
+- Language model: {model.style}.
 - {model.queries} queries of width {model.qformer_width}; language width {model.language_width}; the Q-Former {reads}.
 - Images: {manifest.preprocess.height} x {manifest.preprocess.width} pixels, {manifest.preprocess.resample}
 - Limits: {limits.max_batch} requests a batch, {limits.max_positions} positions, {limits.max_new_tokens} new tokens
