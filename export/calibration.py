@@ -72,8 +72,9 @@ def draw(
         progress.note(f"{names}: {len(broken)} images cannot be read and were passed over, the first: {broken[0]}")
     groups = [_requests(model, image, questions[image], rng) for image in images]
     drawn = Drawn(_flat(groups[:calibration_images]), _flat(groups[calibration_images:]))
+    asks = model.question_conditioned and model.config.qformer_reads == "question"  # whole prompts caption too
     for part in (drawn.calibration, drawn.verification):
-        if answers and model.question_conditioned and part and not any(request.question for request in part):
+        if answers and asks and part and not any(request.question for request in part):
             raise DataError(f"{names}: the model reads questions, found none about the images drawn; add a manifest")
     return drawn
 

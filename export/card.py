@@ -54,9 +54,9 @@ def _facts(manifest: Manifest, checkpoint_stage: str) -> str:
     if limits.max_text_tokens:
         lines.append(f"Searching: texts of up to {limits.max_text_tokens} tokens, {limits.max_batch} pairs a batch")
     if model.language_width:
-        reads = "reads the question" if model.question_conditioned else "does not read the question"
+        reads = f"reads the {model.qformer_reads}" if model.question_conditioned else "does not read the question"
         lines += [
-            f"Answering: language width {model.language_width}; the Q-Former {reads}.",
+            f"Answering: {model.style} language model of width {model.language_width}; the Q-Former {reads}.",
             f"Limits: {limits.max_batch} requests a batch, {limits.max_positions} positions, "
             f"{limits.max_new_tokens} new tokens",
             f"Prompts: caption `{prompts.caption!r}`, question `{prompts.vqa!r}`",

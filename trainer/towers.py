@@ -7,11 +7,14 @@ through the same door as CLIP and OPT do.
 import inspect
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     MODEL_MAPPING,
@@ -180,16 +183,33 @@ def load_pretrained(kind: Any, folder: str, *, unexpected: Literal["left", "refu
         MissingFile: nothing transformers can read. CheckpointError: weights missing, unexpected or of another shape.
     """
     try:
-        model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        with _report_is_ours():
+            model, report = kind.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except (OSError, ValueError) as error:
         raise MissingFile(f"{folder} holds no model that transformers can read: {error}") from error
-    except RuntimeError as error:  # weights whose shapes are not those of the config
-        raise CheckpointError(f"{folder}: the weights do not fit its config.json: {error}") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder}: a weight file is damaged ({error}); copy it again from its source") from error
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{folder} lacks {len(missing)} weights its config asks for, the first is {missing[0]}")
+    if mismatched := sorted(report["mismatched_keys"]):
+        key, found, expected = mismatched[0]
+        raise CheckpointError(f"{folder}: {key} expected shape {list(expected)} by config.json, found {list(found)}")
     if (more := sorted(report["unexpected_keys"])) and unexpected == "refused":
         raise CheckpointError(f"{folder} has {len(more)} weights its config does not know, the first is {more[0]}")
     return model
+
+
+@contextmanager
+def _report_is_ours() -> Iterator[None]:
+    """Transformers' own table of what did not fit stays unsaid: we refuse it, in a sentence."""
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
 
 
 def read_preprocess(folder: str, vision_config: Any, image_size: int | None = None) -> PreprocessSettings:

@@ -2,8 +2,9 @@
 
 import pytest
 
+from runtime.answers import Request
 from runtime.errors import InputError
-from runtime.text import MAX_WORDS, fill_prompt, normalise_caption, normalise_question
+from runtime.text import MAX_WORDS, fill_prompt, normalise_caption, normalise_question, qformer_text
 
 
 def test_captions():
@@ -23,3 +24,20 @@ def test_prompts():
     for template, question in (("{}", None), ("no place", "why"), ("{} {}", "why"), ("{}", " ..")):
         with pytest.raises(InputError):
             fill_prompt(template, question)
+
+
+def test_a_request_brings_its_own_prompt_or_takes_the_models():
+    models = {"caption": "a photo of", "vqa": "Question: {} Answer:"}
+    assert Request("a.png").filled_prompt(**models) == "a photo of"
+    assert Request("a.png", prompt="").filled_prompt(**models) == ""
+    assert Request("a.png", "What?").filled_prompt(**models) == "Question: what? Answer:"
+    assert Request("a.png", "What?", "{} In a word:").filled_prompt(**models) == "what? In a word:"
+    with pytest.raises(InputError):
+        Request("a.png", prompt="{}").filled_prompt(**models)
+
+
+def test_what_the_qformer_reads():
+    assert qformer_text("question", "What?", "Question: what? Answer:") == "what?"
+    assert qformer_text("question", None, "a photo of") is None
+    assert qformer_text("prompt", "What?", "Q: what? A:") == "Q: what? A:"
+    assert qformer_text("prompt", None, "A Photo of") == "A Photo of", "neither lower-cased nor stripped"

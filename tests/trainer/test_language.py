@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from runtime.dataset import Row
-from runtime.errors import CheckpointError, InputError
+from runtime.errors import CheckpointError, InputError, MissingFile
 from tests.families import FAMILIES, HABITS, new_tokenizer, write_family
 from trainer.blip2 import Blip2, new_blip2
 from trainer.config import ModelConfig
@@ -206,7 +206,9 @@ def change_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_what_does_not_fit_is_refused(model_config: ModelConfig, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused(
+    model_config: ModelConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     write_family("t5", model_config, tmp_path / "t5")
     change_config(tmp_path / "t5", decoder_start_token_id=None)
     generation = tmp_path / "t5" / "generation_config.json"
@@ -221,8 +223,16 @@ def test_what_does_not_fit_is_refused(model_config: ModelConfig, tmp_path: Path)
     with pytest.raises(CheckpointError, match="lacks 9 weights its config asks for"):
         load_language(str(tmp_path / "llama"))
     change_config(tmp_path / "llama", num_hidden_layers=2, intermediate_size=48)
-    with pytest.raises(CheckpointError, match=r"do not fit its config\.json"):
+    shapes = r"layers\.0\.mlp\.down_proj\.weight expected shape \[32, 48\] by config\.json, found \[32, 64\]"
+    with pytest.raises(CheckpointError, match=shapes):
         load_language(str(tmp_path / "llama"))
+    weights = tmp_path / "llama" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="a weight file is damaged"):
+        load_language(str(tmp_path / "llama"))
+    with pytest.raises(MissingFile, match="holds no model that transformers can read"):
+        load_language(str(tmp_path / "nowhere"))
+    assert capfd.readouterr().err == "", "one sentence, no table beside it"
 
 
 def test_habits_of_generation_config_are_dropped(model_config: ModelConfig, tmp_path: Path) -> None:
