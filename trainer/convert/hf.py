@@ -22,11 +22,20 @@ from transformers import (
 )
 
 from runtime.errors import CheckpointError, InputError, MissingFile
+from runtime.preprocess import PreprocessSettings
 from trainer.bridge import Part
 from trainer.config import ModelConfig, QFormerConfig
 from trainer.convert.check import expected_tensors, require_match
 from trainer.convert.images import processor_json, read_image_processor
-from trainer.convert.model import Half, Imported, fitted, require_bridge, require_tokenizer, self_contained
+from trainer.convert.model import (
+    Half,
+    Imported,
+    first_metrics,
+    fitted,
+    require_bridge,
+    require_tokenizer,
+    self_contained,
+)
 from trainer.convert.options import ImportOptions
 from trainer.convert.stream import Pieces, read_weights
 from trainer.towers import load_tokenizer
@@ -93,6 +102,16 @@ LAYOUTS = {
 DERIVED = (".position_ids", ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Ends of keys that older files store although they follow from the config; they are not read."""
 
+NOT_GREEDY = {
+    "num_beams": 1,
+    "do_sample": False,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+}
+"""Settings of decoding beside their neutral values."""
+
 
 def read_hf(folder: Path, options: ImportOptions) -> Imported:
     """A folder that `save_pretrained` wrote, or the hub has.
@@ -107,7 +126,7 @@ def read_hf(folder: Path, options: ImportOptions) -> Imported:
     weights = {key: piece for key, piece in read_weights(folder).items() if not key.endswith(DERIVED)}
     speaks = "language" in layout.parts
     preprocess = read_image_processor(folder, _side(config), options.image_size)
-    vision = vision_half(config.vision_config, weights, preprocess.model_copy(), str(folder))
+    vision = vision_half(config.vision_config, weights, preprocess, str(folder))
     language = language_half(config.text_config, weights, str(folder)) if speaks else None
     prefixes = (VISION, LANGUAGE) if speaks else (VISION,)
     bridge = {
@@ -118,7 +137,7 @@ def read_hf(folder: Path, options: ImportOptions) -> Imported:
     tokenizer = text_tokenizer = None
     if speaks:
         loaded = load_tokenizer(str(require_tokenizer(folder, "language model's tokenizer")), "language")
-        tokenizer = fitted(loaded, config.text_config.get_text_config().vocab_size, str(folder))
+        tokenizer = fitted(loaded, config.text_config.vocab_size, str(folder))
     if layout.text_folder is not None:
         place = require_tokenizer(folder / layout.text_folder, "Q-Former's tokenizer")
         text_tokenizer = fitted(load_tokenizer(str(place), "text"), config.qformer_config.vocab_size, str(place))
@@ -144,18 +163,16 @@ def read_hf(folder: Path, options: ImportOptions) -> Imported:
         tokenizer=tokenizer,
         text_tokenizer=text_tokenizer,
         preprocess=preprocess,
-        metrics={
-            "stage": layout.stage,
-            "held_out": [],
-            "broken_images": {},
-            "imported": {
-                "architecture": architecture,
-                "written_by_transformers": getattr(config, "transformers_version", None),
-                "read_by_transformers": transformers.__version__,
-                "image_token_id": config.image_token_index,
-                "image_processor": processor_json(preprocess),
-            },
-        },
+        metrics=first_metrics(
+            layout.stage,
+            architecture=architecture,
+            written_by_transformers=getattr(config, "transformers_version", None),
+            read_by_transformers=transformers.__version__,
+            image_token_id=config.image_token_index,
+            image_processor=processor_json(preprocess),
+            generation_config=_generation_config(folder),
+        ),
+        notes=_notes(folder) if speaks else [],
     )
     language_width = config.text_config.hidden_size if speaks else None
     require_bridge(imported, str(folder), config.vision_config.hidden_size, language_width)
@@ -209,7 +226,7 @@ def qformer_config(config: Any, layout: Layout, architecture: str) -> QFormerCon
     )
 
 
-def vision_half(theirs: Any, weights: Pieces, preprocess: Any, source: str) -> Half:
+def vision_half(theirs: Any, weights: Pieces, preprocess: PreprocessSettings, source: str) -> Half:
     """Their ViT as a folder of its own; InstructBLIP's is BLIP-2's under another name."""
     fields = {key: value for key, value in theirs.to_dict().items() if key not in ("model_type", "architectures")}
     config = Blip2VisionConfig(**fields)
@@ -252,12 +269,35 @@ def language_half(theirs: Any, weights: Pieces, source: str) -> Half:
 def end_tokens(config: Any, folder: Path) -> tuple[int, ...] | None:
     """What ends a text: transformers takes it from the language model's own config (BLIP-2's OPT: newline)."""
     said = config.text_config.eos_token_id
-    path = folder / "generation_config.json"
-    if said is None and path.is_file():
-        said = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    if said is None:
+        said = _generation_config(folder).get("eos_token_id")
     if said is None:
         return None
     return tuple(said) if isinstance(said, list) else (int(said),)
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    """The folder's own defaults of decoding; empty when it states none."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: expected JSON, found a damaged file ({error})") from error
+    return tree if isinstance(tree, dict) else {}
+
+
+def _notes(folder: Path) -> list[str]:
+    """Defaults of decoding that the folder asks for and greedy decoding does not follow."""
+    stored = _generation_config(folder)
+    asked = {name: stored[name] for name, plain in NOT_GREEDY.items() if stored.get(name, plain) not in (plain, None)}
+    if not asked:
+        return []
+    listed = ", ".join(f"{name} {value}" for name, value in asked.items())
+    return [
+        f"generation_config.json asks for {listed}; text is decoded greedily here, as transformers does when told so"
+    ]
 
 
 def renamed(key: str, names: Mapping[str, str]) -> str:

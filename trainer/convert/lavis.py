@@ -16,11 +16,21 @@ from torch import Tensor
 from transformers import AutoConfig, Blip2VisionConfig
 
 from runtime.errors import CheckpointError, InputError
+from runtime.preprocess import PreprocessSettings
 from trainer.bridge import PARTS, Part, part_of
 from trainer.config import ModelConfig, QFormerConfig
-from trainer.convert.hf import VISION, vision_half
+from trainer.convert.hf import NORM, VISION, vision_half
 from trainer.convert.images import processor_json, read_image_processor
-from trainer.convert.model import Half, Imported, fitted, half_of, require_bridge, require_tokenizer, self_contained
+from trainer.convert.model import (
+    Half,
+    Imported,
+    first_metrics,
+    fitted,
+    half_of,
+    require_bridge,
+    require_tokenizer,
+    self_contained,
+)
 from trainer.convert.options import ImportOptions
 from trainer.convert.stream import Pieces, load_torch, piece_of
 from trainer.towers import load_tokenizer
@@ -77,8 +87,8 @@ def read_lavis(path: Path, options: ImportOptions) -> Imported:
     speaks, reads = "language" in parts, "text" in parts
     _require_folders(path, options, speaks, reads)
     assert options.vision is not None
-    vision, width, preprocess, side = _vision(options.vision, tower, bridge, options.image_size)
-    vocabulary = bridge["embeddings.word_embeddings.weight"].shape[0] if reads else None
+    vision, width, preprocess, side = _vision(options.vision, tower, bridge, options.image_size, path)
+    vocabulary = _held(bridge, "embeddings.word_embeddings.weight", 2, path)[0] if reads else None
     qformer = _qformer(bridge, parts, vocabulary, options.heads, path)
     language, tokenizer, language_width, ends = None, None, None, None
     if speaks and options.language is not None:
@@ -115,17 +125,13 @@ def read_lavis(path: Path, options: ImportOptions) -> Imported:
         tokenizer=tokenizer,
         text_tokenizer=_text_tokenizer(options.text_tokenizer, vocabulary) if vocabulary is not None else None,
         preprocess=preprocess,
-        metrics={
-            "stage": "stage2" if speaks else "stage1",
-            "held_out": [],
-            "broken_images": {},
-            "imported": {
-                "architecture": "LAVIS BLIP-2",
-                "file": path.name,
-                "image_encoder": "trained, from the file" if tower else "frozen, from its folder",
-                "image_processor": processor_json(preprocess),
-            },
-        },
+        metrics=first_metrics(
+            "stage2" if speaks else "stage1",
+            architecture="LAVIS BLIP-2",
+            file=path.name,
+            image_encoder="trained, from the file" if tower else "frozen, from its folder",
+            image_processor=processor_json(preprocess),
+        ),
     )
     require_bridge(imported, str(path), width, language_width)
     return imported
@@ -155,12 +161,8 @@ def _split(state: Mapping[str, Tensor], path: Path) -> tuple[Pieces, Pieces]:
                 raise CheckpointError(f"{path}: expected {key} to equal {TIED[key]}, found other numbers")
             continue
         names, prefix, target = (TOWER_NAMES, TOWER, tower) if key.startswith(TOWER) else (BRIDGE_NAMES, "", bridge)
-        if prefix and key.endswith((".attn.q_bias", ".attn.v_bias")):
-            fused = _fused_bias(state, key)
-            target[_named(key.rpartition(".")[0].removeprefix(prefix) + ".qkv.bias", names) or key] = piece_of(
-                fused, path
-            )
-            continue
+        if key.startswith(TOWER) and key.endswith((".q_bias", ".v_bias")):  # two of theirs are one of ours
+            key, tensor = f"{key.rpartition('.')[0]}.qkv.bias", _fused_bias(state, key, path)
         name = _named(key.removeprefix(prefix), names)
         if name is None:
             unknown.append(key)
@@ -169,9 +171,15 @@ def _split(state: Mapping[str, Tensor], path: Path) -> tuple[Pieces, Pieces]:
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise CheckpointError(f"{path}: {len(unknown)} keys belong to no BLIP-2: {', '.join(unknown[:5])}{more}")
-    if "query_tokens" not in bridge:
-        raise CheckpointError(f"{path}: expected the Q-Former of a BLIP-2 (query_tokens …), found no such key")
     return bridge, tower
+
+
+def _held(pieces: Pieces, key: str, axes: int, path: Path) -> tuple[int, ...]:
+    """The shape of a tensor that no BLIP-2 is without; CheckpointError when it is missing or of another kind."""
+    if key not in pieces or len(pieces[key].shape) != axes:
+        found = f"shape {list(pieces[key].shape)}" if key in pieces else "no such key"
+        raise CheckpointError(f"{path}: expected a BLIP-2 with {key} of {axes} axes, found {found}")
+    return pieces[key].shape
 
 
 def _named(key: str, names: Mapping[str, str]) -> str | None:
@@ -181,12 +189,12 @@ def _named(key: str, names: Mapping[str, str]) -> str | None:
     return None
 
 
-def _fused_bias(state: Mapping[str, Tensor], key: str) -> Tensor:
+def _fused_bias(state: Mapping[str, Tensor], key: str, path: Path) -> Tensor:
     """LAVIS keeps the query's and the value's bias and fixes the key's at zero; transformers has the three as one."""
     stem = key.rpartition(".")[0]
     query, value = state.get(f"{stem}.q_bias"), state.get(f"{stem}.v_bias")
     if query is None or value is None:
-        raise CheckpointError(f"expected {stem}.q_bias and {stem}.v_bias together, found one of them")
+        raise CheckpointError(f"{path}: expected {stem}.q_bias and {stem}.v_bias together, found one of them")
     return torch.cat([query, torch.zeros_like(value), value])
 
 
@@ -205,7 +213,9 @@ def _require_folders(path: Path, options: ImportOptions, speaks: bool, reads: bo
             raise InputError(f"{path}: {option} was given, but this file has nothing that uses it")
 
 
-def _vision(folder: Path, tower: Pieces, bridge: Pieces, image_size: int | None) -> tuple[Half, int, Any, int]:
+def _vision(
+    folder: Path, tower: Pieces, bridge: Pieces, image_size: int | None, path: Path
+) -> tuple[Half, int, PreprocessSettings, int]:
     """The tower, its width, how it wants pixels, and the side (pixels) its own positions are for."""
     half = half_of(folder, "vision")
     config = AutoConfig.from_pretrained(folder)
@@ -222,10 +232,10 @@ def _vision(folder: Path, tower: Pieces, bridge: Pieces, image_size: int | None)
             f"{folder}: expected the config of BLIP-2's own ViT (blip_2_vision_model), whose weights the file holds, "
             f"found {config.model_type}"
         )
-    rows = tower["embeddings.position_embedding"].shape[1] - 1
+    rows = _held(tower, "embeddings.position_embedding", 3, path)[1] - 1
     config.image_size = math.isqrt(rows) * config.patch_size
     preprocess = read_image_processor(folder, config.image_size, image_size or config.image_size)
-    norm = {f"post_layernorm.{end}": bridge[f"{VISION}post_layernorm.{end}"] for end in ("weight", "bias")}
+    norm = {key.removeprefix(VISION): piece for key, piece in bridge.items() if key.startswith(NORM)}
     weights = {f"{VISION}{key}": piece for key, piece in {**tower, **norm}.items()}
     return vision_half(config, weights, preprocess, str(folder)), config.hidden_size, preprocess, config.image_size
 
@@ -234,7 +244,7 @@ def _qformer(
     bridge: Pieces, parts: tuple[Part, ...], vocabulary: int | None, heads: int | None, path: Path
 ) -> QFormerConfig:
     """Sizes as the shapes have them."""
-    _, queries, width = bridge["query_tokens"].shape
+    _, queries, width = _held(bridge, "query_tokens", 3, path)
     layers = {int(found[1]) for key in bridge if (found := re.match(r"qformer\.encoder\.layer\.(\d+)\.", key))}
     crossing = sorted(
         {
@@ -246,20 +256,18 @@ def _qformer(
     if heads is None and width % BERT_HEAD_WIDTH:
         raise InputError(f"{path}: the Q-Former is {width} wide, which says nothing about its heads; give --heads N")
     frequency = crossing[1] - crossing[0] if len(crossing) > 1 else max(len(layers), 1)
-    ffn = bridge.get("qformer.encoder.layer.0.intermediate_query.dense.weight")
-    if ffn is None:
-        raise CheckpointError(f"{path}: expected Qformer.bert.encoder.layer.0.intermediate_query, found no such key")
+    ffn_width = _held(bridge, "qformer.encoder.layer.0.intermediate_query.dense.weight", 2, path)[0]
     sizes: dict[str, Any] = {}
     if "contrast" in parts:
-        sizes["contrastive_width"] = bridge["vision_projection.weight"].shape[0]
+        sizes["contrastive_width"] = _held(bridge, "vision_projection.weight", 2, path)[0]
     if "text" in parts:
-        sizes["text_positions"] = bridge["embeddings.position_embeddings.weight"].shape[0]
+        sizes["text_positions"] = _held(bridge, "embeddings.position_embeddings.weight", 2, path)[0]
     return QFormerConfig(
         queries=queries,
         width=width,
         layers=len(layers),
         heads=heads or width // BERT_HEAD_WIDTH,
-        ffn_width=ffn.shape[0],
+        ffn_width=ffn_width,
         cross_attention_frequency=frequency,
         vocabulary=vocabulary,
         **sizes,

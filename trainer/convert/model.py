@@ -60,9 +60,9 @@ class Imported:
     text_tokenizer: Callable[[Path], Any] | None
     """Writes the Q-Former's tokenizer into a folder."""
     preprocess: PreprocessSettings
+    metrics: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     """What a user should know about this import."""
-    metrics: dict[str, Any] | None = None
     recipe_yaml: str | None = None
     """Of the checkpoint that this model once was, if it was one."""
 
@@ -74,6 +74,11 @@ def self_contained(has_language: bool, has_text: bool) -> dict[str, str | None]:
         "language": f"{INSIDE}language" if has_language else None,
         "text_tokenizer": f"{INSIDE}text_tokenizer" if has_text else None,
     }
+
+
+def first_metrics(stage: StageName, **imported: Any) -> dict[str, Any]:
+    """metrics.json of a model that was not trained here: nothing measured, but where it comes from."""
+    return {"stage": stage, "held_out": [], "broken_images": {}, "imported": imported}
 
 
 def require_bridge(imported: Imported, source: str, vision_width: int, language_width: int | None) -> None:
@@ -114,8 +119,7 @@ def write_imported(imported: Imported, out: Path, recipe_yaml: Callable[[ModelCo
             frozen=frozen_hashes(resolved(imported.model, folder)),
             parts=tuple(part for part in PARTS if part in imported.parts),
         )
-        metrics = imported.metrics or {"stage": imported.stage, "held_out": [], "broken_images": {}}
-        _write_json(folder / METRICS, metrics)
+        _write_json(folder / METRICS, imported.metrics)
         (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
         (folder / "preprocessor.json").write_text(imported.preprocess.model_dump_json(indent=2) + "\n")
         text = imported.recipe_yaml if imported.recipe_yaml is not None else recipe_yaml(imported.model)

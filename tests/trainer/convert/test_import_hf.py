@@ -1,6 +1,7 @@
 """Published folders, imported by the command line, give what transformers' own classes give for them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from runtime.text import fill_prompt
-from tests.published import FAMILIES, QUERIES, RETRIEVAL, WITH_LANGUAGE, write_published
+from tests.published import FAMILIES, QUERIES, RETRIEVAL, WITH_LANGUAGE, edit_json, write_published
 from tests.trainer.convert.conftest import Case, pixels_for, qforge
 from trainer.blip2 import Blip2, TextBatch
 from trainer.checkpoint import load_checkpoint, read_config
@@ -210,3 +211,13 @@ def test_larger_images_interpolate_as_transformers_does(case, pictures: list[Ima
     expected = model.theirs.get_image_features(pixel_values=pixels, interpolate_pos_encoding=True, return_dict=True)
     found = ours.query_prefix(ours.encode_image(pixels))
     assert (found - expected.pooler_output).abs().max() < PREFIX_TOLERANCE
+
+
+def test_decoding_that_is_not_greedy_is_said(case, tmp_path, capsys) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(case("opt").source, source)
+    edit_json(source / "generation_config.json", lambda tree: tree.update(num_beams=5, repetition_penalty=1.5))
+    assert qforge("import", source, "--out", tmp_path / "checkpoint") == 0
+    assert "asks for num_beams 5, repetition_penalty 1.5; text is decoded greedily" in capsys.readouterr().err
+    recorded = json.loads((tmp_path / "checkpoint/metrics.json").read_text())["imported"]["generation_config"]
+    assert recorded["num_beams"] == 5

@@ -276,6 +276,15 @@ def test_what_does_not_fit_is_listed_and_refused(opt: Case, tmp_path: Path, caps
     assert "give --heads N" in told({}, options=halves[:-2])
     text = ("--text-tokenizer", opt.checkpoint / "tokenizer")
     assert "--text-tokenizer was given, but this file has nothing that uses it" in told({}, options=(*halves, *text))
+    assert "expected a BLIP-2 with query_tokens of 3 axes, found no such key" in told({}, without="query_tokens")
+    embedded = "Qformer.bert.encoder.layer.0.intermediate.dense.weight"
+    assert "--text-tokenizer DIR" in told({embedded: torch.ones(40, 24)})
+    text = ("--text-tokenizer", opt.checkpoint / "tokenizer")
+    assert "embeddings.word_embeddings.weight of 2 axes, found no such key" in told(
+        {embedded: torch.ones(40, 24)}, options=(*halves, *text)
+    )
+    half_bias = "visual_encoder.blocks.0.attn.q_bias"
+    assert "q_bias and visual_encoder.blocks.0.attn.v_bias together" in told({half_bias: torch.ones(32)})
     torch.save(good, path)
     assert 'expected a LAVIS checkpoint (a "model" dictionary' in refused(capsys, path, out, *halves)
 
