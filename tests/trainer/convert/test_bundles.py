@@ -102,4 +102,4 @@ def test_a_bundle_without_a_language_model_says_so(
 ) -> None:
     pictures[0].save(tmp_path / "one.png")
     assert qforge("caption", exported(RETRIEVAL[0]), tmp_path / "one.png") == 2
-    assert "no language model" in capsys.readouterr().err
+    assert "cannot answer" in capsys.readouterr().err
