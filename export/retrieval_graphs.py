@@ -15,7 +15,7 @@ from export.config import Heads
 from export.graphs import BATCH, TOKENS, Graph, InputPlan, graphs_of, vision_graph
 from runtime.errors import InputError
 from trainer.blip2 import Blip2
-from trainer.retrieval import require_heads
+from trainer.retrieval import NEEDS
 
 TRAINS_HEADS = ("stage1", "retrieval")
 """Stages that train the retrieval heads with the Q-Former; every later one moves the Q-Former away from them."""
@@ -42,8 +42,7 @@ def chosen_heads(model: Blip2, wanted: Heads | None, stage: str) -> Heads:
     Raises:
         InputError: answering is wanted of a model without a language model, or without a projection into it.
     """
-    projects = "language_projection" in dict(model.bridge.named_children())
-    speaks = model.language_model is not None and projects
+    speaks = model.language_model is not None and "language" in model.bridge.parts
     if wanted is None:
         return "generate" if speaks and stage not in TRAINS_HEADS else "retrieval"
     if wanted != "retrieval" and not speaks:
@@ -107,7 +106,7 @@ class MatchGraph(nn.Module):
 
 
 def _retrieval_graphs(model: Blip2) -> tuple[Graph, Graph, Graph]:
-    require_heads(model)
+    model.bridge.need(*NEEDS)
     side = model.preprocess
     with torch.no_grad():
         image_embeds_BNE = model.encode_image(torch.zeros(BATCH, 3, side.height, side.width))

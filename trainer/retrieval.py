@@ -4,31 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
-from runtime.errors import CheckpointError
 from runtime.preprocess import ImageSource, preprocess_batch
 from runtime.retrieval import Floats, ImageEmbeddings, caption_words
 from trainer.blip2 import Blip2, TextBatch, text_batch
+from trainer.bridge import Part
 
-HEADS = {
-    "embeddings": "text",
-    "vision_projection": "contrast",
-    "text_projection": "contrast",
-    "itm_head": "matching",
-}
-"""Modules of the bridge that searching needs → the part of a checkpoint they belong to."""
+NEEDS: tuple[Part, ...] = ("text", "contrast", "matching")
+"""Parts of the bridge that searching needs."""
 EAGER_BATCH = 64
-
-
-def require_heads(model: Blip2) -> None:
-    """CheckpointError when the bridge cannot search, naming what it lacks."""
-    present = dict(model.bridge.named_children())  # a part that was not created is no child
-    lacking = list(dict.fromkeys(part for module, part in HEADS.items() if module not in present))
-    if lacking:
-        raise CheckpointError(
-            f"searching needs the parts text, contrast and matching of the bridge, this checkpoint lacks "
-            f"{', '.join(lacking)}; take a stage-1 or retrieval checkpoint, or give it a text side: "
-            f"qforge import ... --text-from CKPT"
-        )
 
 
 # Shape letters: B rows, N image tokens, E image width, Q queries, F contrastive width
@@ -37,7 +20,7 @@ class EagerRetrieval:
 
     def __init__(self, model: Blip2) -> None:
         """CheckpointError when the model has no heads to search with."""
-        require_heads(model)
+        model.bridge.need(*NEEDS)
         self.model = model.eval()
         self.max_batch = EAGER_BATCH
 
