@@ -36,7 +36,19 @@ def recipe(tmp_path: Path) -> Path:
 def start(recipe: Path, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", "from qforge.cli import main; main()", "train", str(recipe), "--out", str(out)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=hears_ctrl_c,
+    )
+
+
+def hears_ctrl_c() -> None:
+    """A shell makes its background jobs, and so a test suite run as one, deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def interrupt(recipe: Path, out: Path, stage: str, with_signal: signal.Signals) -> tuple[int, str]:
