@@ -12,6 +12,7 @@ import yaml
 
 from qforge.console import INTERRUPTED
 from runtime.files import sha256_of
+from tests.signals import hears_ctrl_c
 from tests.tiny import write_tiny_halves
 
 ROOT = Path(__file__).parent.parent.parent
@@ -44,11 +45,6 @@ def start(recipe: Path, out: Path) -> subprocess.Popen[str]:
         env=environment,
         preexec_fn=hears_ctrl_c,
     )
-
-
-def hears_ctrl_c() -> None:
-    """A shell makes its background jobs, and so a test suite run as one, deaf to Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def interrupt(recipe: Path, out: Path, stage: str, with_signal: signal.Signals) -> tuple[int, str]:

@@ -12,6 +12,7 @@ import pytest
 
 from runtime.errors import InputError, MissingFile, OutOfSpace
 from runtime.files import atomic_folder, sha256_of, write_json_atomic, write_text_atomic
+from tests.signals import hears_ctrl_c
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,6 +26,7 @@ def python(code, *arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hears_ctrl_c,
     )
 
 
