@@ -96,8 +96,20 @@ class Family:
     save: dict[str, Any] = field(default_factory=dict)
     """Options of save_pretrained."""
     image_token_has_row: bool = True
+    vision: dict[str, Any] = field(default_factory=dict)
+    """What differs from `VISION`."""
+    qformer: dict[str, Any] = field(default_factory=dict)
+    """What differs from `QFORMER`."""
+    spread: float = 0.15
+    """Standard deviation of the weights; wider models need less for outputs of the same size."""
 
 
+MIDDLE: dict[str, Any] = {
+    "vision": {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4, "image_size": 64, "patch_size": 8},
+    "qformer": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6},
+    "spread": 0.06,
+}
+"""Of middle size: 65 image tokens, cross-attention in three of six layers."""
 FAMILIES = {
     "opt": Family("caption", OPT | {"ends_with_newline": True}),
     "opt-untied-sharded": Family("caption", OPT | {"tie_word_embeddings": False}, save={"max_shard_size": "40KB"}),
@@ -108,6 +120,14 @@ FAMILIES = {
     "retrieval-sharded": Family("retrieval", save={"max_shard_size": "30KB"}),
     "instruct-llama": Family("instruct", LLAMA, "<s> $A"),
     "instruct-t5": Family("instruct", T5, "$A </s>"),
+    "opt-middle": Family(
+        "caption",
+        OPT | {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 512, "num_hidden_layers": 6},
+        **MIDDLE,
+    ),
+    "instruct-t5-middle": Family(
+        "instruct", T5 | {"d_model": 192, "d_kv": 48, "d_ff": 384, "num_layers": 4}, "$A </s>", **MIDDLE
+    ),
 }
 WITH_LANGUAGE = [name for name, family in FAMILIES.items() if family.kind != "retrieval"]
 RETRIEVAL = [name for name, family in FAMILIES.items() if family.kind == "retrieval"]
@@ -127,14 +147,14 @@ def tokenizers(begins: str) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenize
     return language, text
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+def randomise(model: torch.nn.Module, spread: float, seed: int = 0) -> None:
     """Weights large enough that images and prompts change the outputs; fresh ones are zero (queries) or tiny."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = "norm" in name.lower()
-            parameter.copy_(1 + 0.1 * noise if is_norm and name.endswith("weight") else 0.15 * noise)
+            parameter.copy_(1 + 0.1 * noise if is_norm and name.endswith("weight") else spread * noise)
             if name.endswith("qkv.bias"):  # published towers have no bias on the key
                 parameter.chunk(3)[1].zero_()
 
@@ -142,7 +162,8 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
 def write_published(folder: Path, family: Family, **vision: Any) -> Any:
     """Save a model of the family with its processor; returns the model, in eval mode. `vision` changes its tower."""
     language, text = tokenizers(family.begins)
-    side = vision.get("image_size", SIDE)
+    vision = VISION | family.vision | vision
+    side = vision["image_size"]
     images = BlipImageProcessorPil(size={"height": side, "width": side})
     wrap: dict[str, Callable[[], Any]] = {
         "caption": lambda: Blip2Processor(images, language, QUERIES if family.image_token_has_row else None),
@@ -156,8 +177,8 @@ def write_published(folder: Path, family: Family, **vision: Any) -> Any:
         text_config["eos_token_id"] = language.convert_tokens_to_ids(NEWLINE)
     if family.image_token_has_row:
         rows = len(language)
-    qformer = QFORMER | {"vocab_size": words}
-    fields: dict[str, Any] = {"vision_config": VISION | vision, "num_query_tokens": QUERIES}
+    qformer = QFORMER | family.qformer | {"vocab_size": words}
+    fields: dict[str, Any] = {"vision_config": vision, "num_query_tokens": QUERIES}
     if family.text_config:
         fields["text_config"] = text_config | {"vocab_size": rows}
         fields["image_token_index"] = language.convert_tokens_to_ids("<image>") if family.image_token_has_row else None
@@ -169,7 +190,7 @@ def write_published(folder: Path, family: Family, **vision: Any) -> Any:
         config = Blip2Config(**fields, qformer_config=qformer, image_text_hidden_size=12)
         made = {"caption": Blip2ForConditionalGeneration, "retrieval": Blip2ForImageTextRetrieval}[family.kind]
         model = made(config)
-    randomise(model)
+    randomise(model, family.spread)
     model.save_pretrained(folder, **family.save)
     processor.save_pretrained(folder)
     return model.eval()
