@@ -146,7 +146,7 @@ def _inspect_checkpoint(path: Path) -> Outcome:
         f"checkpoint, format {config['format']}, trained up to {config['stage']} ({_mib(size)} trained)",
         f"frozen halves: {halves}",
         f"parts of the bridge: {', '.join(config.get('parts', ['all']))}",  # older checkpoints have no list
-        "held out: " + ", ".join(f"{name} {value:g}" for name, value in last.items()),
+        "held out: " + (", ".join(f"{name} {value:g}" for name, value in last.items()) or "not measured"),
     ]
     return Outcome({"kind": "checkpoint", "config": config, "metrics": metrics}, "\n".join(lines))
 
