@@ -3,8 +3,8 @@
 The folder (7.5 GB in fp16, parts of 2 GB) is generated part by part, imported by `qforge import` in a process of its
 own and deleted again; 16 GB of disk are needed meanwhile. Nothing is downloaded.
 
-    python -m benchmarks.import_full_size --work /tmp/import --out benchmarks/results/import-opt-2.7b.json
-    python -m benchmarks.import_full_size --work /tmp/import --out small.json --size 2gb
+    python -m benchmarks.import_full_size --work DIR --out benchmarks/results/import-opt-2.7b.json
+    python -m benchmarks.import_full_size --work DIR --out small.json --size 2gb
 """
 
 import argparse

@@ -8,8 +8,7 @@ Shape letters: B batch, L past + new positions, h heads, d head width
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,7 @@ import numpy.typing as npt
 from export.config import Precision, Tolerance
 from export.graphs import Arrays, Graph
 from runtime.backends import Engine
+from runtime.closing import Closing
 from runtime.errors import CheckFailed
 from runtime.reference import GraphCase
 from runtime.replay import relative_error
@@ -44,7 +44,7 @@ class Parity:
         return self.max_error <= self.allowed_error and self.cosine >= self.allowed_cosine
 
 
-class Judge:
+class Judge(Closing):
     """An engine that runs a graph and its module side by side, measures, and returns what the module gave."""
 
     def __init__(self, graph: Graph, engine: Engine, precision: Precision, tolerance: Tolerance) -> None:
@@ -82,14 +82,6 @@ class Judge:
     def close(self) -> None:
         """Close the engine."""
         self._engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _compare(self, case: str, name: str, expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> None:
         allowed = self._tolerance

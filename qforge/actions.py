@@ -199,7 +199,7 @@ def measure(
 
 def write_report(bundles: Sequence[Path], out: Path, folder: Path) -> None:
     """The benchmark's files, with the way on in front."""
-    shutil.copytree(out / "work/bench", folder, dirs_exist_ok=True)
+    shutil.copytree(out / "steps/bench", folder, dirs_exist_ok=True)
     measured = (folder / "report.md").read_text(encoding="utf-8")
     (folder / "report.md").write_text(report_text(measured, bundles, out), encoding="utf-8")
 

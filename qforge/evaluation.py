@@ -13,6 +13,7 @@ from runtime.progress import Bar, Progress
 
 if TYPE_CHECKING:
     from runtime.retrieval import Retriever
+    from trainer.blip2 import Blip2
 
 Kind = Literal["bundle", "checkpoint"]
 
@@ -39,13 +40,10 @@ def open_answerer(path: Path, backend: str, threads: int | None) -> Iterator[Ans
         with load(path, backend, threads) as pipeline:
             yield pipeline
         return
-    torch = require("torch", extra="train", why="Answering with a checkpoint")
-    from trainer.checkpoint import load_checkpoint
+    model = _eager(path, threads, why="Answering with a checkpoint")
     from trainer.generate import EagerPipeline
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    yield EagerPipeline(load_checkpoint(path))
+    yield EagerPipeline(model)
 
 
 def evaluate_rows(
@@ -68,13 +66,20 @@ def open_retriever(path: Path, backend: str, threads: int | None) -> Iterator["R
         with load_retrieval(path, backend, threads) as retrieval:
             yield retrieval
         return
-    torch = require("torch", extra="train", why="Scoring with a checkpoint")
-    from trainer.checkpoint import load_checkpoint
+    model = _eager(path, threads, why="Scoring with a checkpoint")
     from trainer.retrieval import EagerRetrieval
+
+    yield EagerRetrieval(model)
+
+
+def _eager(path: Path, threads: int | None, why: str) -> "Blip2":
+    """The PyTorch model of a checkpoint; `why` begins the sentence that is said where torch is not installed."""
+    torch = require("torch", extra="train", why=why)
+    from trainer.checkpoint import load_checkpoint
 
     if threads is not None:
         torch.set_num_threads(threads)
-    yield EagerRetrieval(load_checkpoint(path))
+    return load_checkpoint(path)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from trainer.config import DEMO, ModelConfig
 
 Stage = Literal["stage1", "stage2", "vqa"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-STAGE_FOLDERS = {"stage1": "work/stage1", "stage2": "work/stage2", "vqa": "checkpoint"}
+STAGE_FOLDERS = {"stage1": "steps/stage1", "stage2": "steps/stage2", "vqa": "checkpoint"}
 STAGE_STORIES = {
     "stage1": "learning representations by contrast, matching and generation",
     "stage2": "learning to speak through the frozen language model",
@@ -85,8 +85,8 @@ def steps_of(recipe: Recipe, out: Path, start: Start | None = None) -> list[Step
     if model.demo_halves.rebuild:
         build = partial(actions.build_halves, recipe)
         story, settings = "pre-training the small frozen halves", reads("model.demo_halves", "model.vqa_prompt")
-        halves = [Step("halves", story, "work/halves", build, settings, code=TRAINS)]
-        model = _with_halves(model, out / "work/halves")
+        halves = [Step("halves", story, "steps/halves", build, settings, code=TRAINS)]
+        model = _with_halves(model, out / "steps/halves")
 
     def training(stage: Stage) -> Step:
         earlier = stages[: stages.index(stage)][-1:]
@@ -135,7 +135,7 @@ def steps_of(recipe: Recipe, out: Path, start: Start | None = None) -> list[Step
         Step(
             name="verify",
             does="replaying the recorded PyTorch outputs on this machine",
-            output="work/verification",
+            output="steps/verification",
             action=partial(actions.verify_bundles, bundles),
             after=exported,
             code=FACE,
@@ -143,7 +143,7 @@ def steps_of(recipe: Recipe, out: Path, start: Start | None = None) -> list[Step
         Step(
             name="bench",
             does="measuring the bundles against eager PyTorch",
-            output="work/bench",
+            output="steps/bench",
             action=partial(actions.bench, recipe, bundles, out),
             settings=reads("data", "bench"),
             after=("data", "vqa", *exported),

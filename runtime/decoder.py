@@ -37,13 +37,15 @@ class Decoder:
         self._check_limits(queries + max(len(prompt) for prompt in prompts), max_new_tokens)
         with watch.phase("prefill"):
             embeds_BSD, mask_BS = self._left_padded(prefix_BQD, prompts)
-            logits_BV, past = self._step(embeds_BSD, mask_BS, empty_cache(self._cache_shapes, batch))
+            feeds: Arrays = {"inputs_embeds": embeds_BSD, "attention_mask": mask_BS}
+            logits_BV, past = advance(self._language, feeds, empty_cache(self._cache_shapes, batch))
             ids_B = choose_greedy(logits_BV, "language")
 
         def following(ids_B1: Ids) -> Ids:
             nonlocal mask_BS, past
             mask_BS = np.pad(mask_BS, ((0, 0), (0, 1)), constant_values=1)
-            logits_BV, past = self._step(embedded(self._embed, ids_B1), mask_BS, past)
+            feeds: Arrays = {"inputs_embeds": embedded(self._embed, ids_B1), "attention_mask": mask_BS}
+            logits_BV, past = advance(self._language, feeds, past)
             return choose_greedy(logits_BV, "language")
 
         with watch.phase("decode"):
@@ -76,10 +78,11 @@ class Decoder:
             mask_BS[row, pads:] = 1
         return embeds_BSD, mask_BS
 
-    def _step(self, embeds_BSD: Floats, mask_BS: Ids, past: Arrays) -> tuple[Floats, Arrays]:
-        """Scores after the last position, and the cache with the new positions added."""
-        outputs = self._language.run({"inputs_embeds": embeds_BSD, "attention_mask": mask_BS, **past})
-        return outputs["logits"], {name: outputs[name.replace("past_", "present_", 1)] for name in past}
+
+def advance(graph: Engine, feeds: Arrays, past: Arrays) -> tuple[Floats, Arrays]:
+    """Scores after the last position, and the cache with the new positions added."""
+    outputs = graph.run({**feeds, **past})
+    return outputs["logits"], {name: outputs[name.replace("past_", "present_", 1)] for name in past}
 
 
 def embedded(embed: Engine, ids_BT: Ids) -> Floats:

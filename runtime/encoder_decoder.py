@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from runtime.backends import Arrays, Engine
-from runtime.decoder import cache_shapes, embedded, empty_cache
+from runtime.decoder import advance, cache_shapes, embedded, empty_cache
 from runtime.errors import BundleError, InputError
 from runtime.greedy import Floats, Ids, check_new_tokens, choose_greedy, until_ended
 from runtime.manifest import Generation, Limits
@@ -48,12 +48,13 @@ class EncoderDecoder:
             read = self._encoder.run({"inputs_embeds": embeds_BSD, "attention_mask": mask_BS})
             seen = {"attention_mask": mask_BS} | {name: read[name] for name in read if name.startswith("cross_")}
             start_B1 = np.full((batch, 1), self._start_token_id, np.int64)
-            logits_BV, past = self._step(start_B1, seen, empty_cache(self._cache_shapes, batch))
+            feeds: Arrays = {"inputs_embeds": embedded(self._embed, start_B1), **seen}
+            logits_BV, past = advance(self._decoder, feeds, empty_cache(self._cache_shapes, batch))
             ids_B = choose_greedy(logits_BV, "decoder")
 
         def following(ids_B1: Ids) -> Ids:
             nonlocal past
-            logits_BV, past = self._step(ids_B1, seen, past)
+            logits_BV, past = advance(self._decoder, {"inputs_embeds": embedded(self._embed, ids_B1), **seen}, past)
             return choose_greedy(logits_BV, "decoder")
 
         with watch.phase("decode"):
@@ -79,8 +80,3 @@ class EncoderDecoder:
             ids_BT[row, : len(prompt)] = prompt
             mask_BS[row, queries + len(prompt) :] = 0
         return np.concatenate([prefix_BQD, embedded(self._embed, ids_BT)], axis=1), mask_BS
-
-    def _step(self, ids_B1: Ids, seen: Arrays, past: Arrays) -> tuple[Floats, Arrays]:
-        """Scores after the last position, and the decoder's own cache with that position added."""
-        outputs = self._decoder.run({"inputs_embeds": embedded(self._embed, ids_B1), **seen, **past})
-        return outputs["logits"], {name: outputs[name.replace("past_", "present_", 1)] for name in past}

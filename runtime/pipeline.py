@@ -9,8 +9,6 @@ Shape letters: B images, C colour channels, H height, W width, Q queries, D lang
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +17,7 @@ from PIL import Image
 from runtime.answers import Answer, Request
 from runtime.backends import Engine, open_engine
 from runtime.bundle import Bundle
+from runtime.closing import Closing
 from runtime.errors import InputError
 from runtime.image_encoder import ImageEncoder
 from runtime.preprocess import ImageSource, preprocess_batch
@@ -35,7 +34,7 @@ QFORMER_TOKENIZER = "qformer_tokenizer.json"
 """The Q-Former's tokenizer, in bundles whose Q-Former reads a text."""
 
 
-class Pipeline:
+class Pipeline(Closing):
     """A bundle that is open and ready; satisfies `runtime.answers.Answerer`. Safe to share between threads."""
 
     def __init__(self, bundle: Bundle, *, backend: str, threads: int | None, cache_bytes: int) -> None:
@@ -116,14 +115,6 @@ class Pipeline:
     def close(self) -> None:
         """Free the graphs."""
         self._engines.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _prompt_ids(self, request: Request) -> list[int]:
         return self._tokenizer.encode(self._prompt(request))

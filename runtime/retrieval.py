@@ -12,14 +12,14 @@ Shape letters: B rows, C H W pixels, N image tokens, E image width, Q queries, T
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from runtime.backends import Arrays, Engine, open_engine
 from runtime.bundle import Bundle
+from runtime.closing import Closing
 from runtime.errors import InputError
 from runtime.image_encoder import pad_questions
 from runtime.preprocess import ImageSource, preprocess_batch
@@ -71,7 +71,7 @@ def caption_words(text: str) -> str:
     return words
 
 
-class Retrieval:
+class Retrieval(Closing):
     """A bundle with retrieval graphs, open and ready. Safe to share between threads."""
 
     def __init__(self, bundle: Bundle, *, backend: str, threads: int | None) -> None:
@@ -133,14 +133,6 @@ class Retrieval:
     def close(self) -> None:
         """Free the graphs."""
         self._engines.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _in_batches(self, count: int, compute: Callable[[slice], Floats]) -> Floats:
         starts = range(0, count, self.max_batch)

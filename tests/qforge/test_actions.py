@@ -104,9 +104,9 @@ def test_halves_in_a_local_folder_count_as_inputs(tmp_path: Path) -> None:
 
 
 def test_the_report_has_the_measurement_and_the_way_on(tmp_path: Path) -> None:
-    write_json_atomic(tmp_path / "work/bench/result.json", {"failures": ["int8: vqa: lost too much"]})
-    (tmp_path / "work/bench/report.md").write_text("## Measured\n\nfast\n")
-    (tmp_path / "work/bench/answers.png").write_bytes(b"png")
+    write_json_atomic(tmp_path / "steps/bench/result.json", {"failures": ["int8: vqa: lost too much"]})
+    (tmp_path / "steps/bench/report.md").write_text("## Measured\n\nfast\n")
+    (tmp_path / "steps/bench/answers.png").write_bytes(b"png")
     write_json_atomic(tmp_path / ".steps/stage1.json", {"inputs": {}, "outputs": {}, "seconds": 12.34})
     (tmp_path / "report").mkdir()
 

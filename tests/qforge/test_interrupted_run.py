@@ -79,5 +79,5 @@ def test_interrupted_and_killed_run_ends_with_the_same_weights(recipe: Path, tmp
         "[2/4] stage1: unchanged, skipped",
         "[3/4] stage2: unchanged, skipped",
     ]
-    for folder in ("work/stage1", "checkpoint"):
+    for folder in ("steps/stage1", "checkpoint"):
         assert sha256_of(broken / folder / "model.safetensors") == sha256_of(whole / folder / "model.safetensors")

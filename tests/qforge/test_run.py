@@ -66,7 +66,7 @@ with folder_lock(out):
     run_steps([
         Step("first", "", "first", first),
         Step("second", "", "second", second, after=("first",), resumes=True),
-        Step("third", "", "work/third", third, after=("second",)),
+        Step("third", "", "steps/third", third, after=("second",)),
     ], out, say)
 """
 
@@ -102,12 +102,12 @@ FOLLOWED_BY = {
 def test_killed_run_goes_on_where_it_stopped(place: str, tmp_path: Path) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
     kill_at(out, place)
-    published = [name for name in ("first", "second", "work/third") if (out / name).exists()]
+    published = [name for name in ("first", "second", "steps/third") if (out / name).exists()]
     assert all((out / name / "value").is_file() for name in published), "a half-made result under its final name"
     log.unlink()
     assert start(out, "nowhere").wait(30) == 0
     assert log.read_text().splitlines() == FOLLOWED_BY[place]
-    assert (out / "work/third/value").read_text() == "123"
+    assert (out / "steps/third/value").read_text() == "123"
     assert not list((out / ".steps/working").iterdir())
 
 

@@ -37,11 +37,11 @@ def test_a_stage_2_model_goes_on_and_learns_questions(
     opt = case("opt")
     out = tmp_path / "captions"
     assert qforge("train", recipe, "--out", out, "--init", opt.checkpoint, "--stage", "stage2") == 0
-    assert not (out / "work/stage1").exists(), "an imported stage-2 model has stage 1 behind it"
-    trained = read_config(out / "work/stage2")
+    assert not (out / "steps/stage1").exists(), "an imported stage-2 model has stage 1 behind it"
+    trained = read_config(out / "steps/stage2")
     assert trained.parts == ("language",)
     assert trained.frozen == read_config(opt.checkpoint).frozen
-    after = load_checkpoint(out / "work/stage2")
+    after = load_checkpoint(out / "steps/stage2")
     assert not torch.equal(after.bridge.query_tokens, opt.ours.bridge.query_tokens)
     key = "encoder.layer.0.attention.attention.query.weight"
     moved = (after.bridge.qformer.state_dict()[key] - opt.ours.bridge.qformer.state_dict()[key]).abs().max()
@@ -50,7 +50,7 @@ def test_a_stage_2_model_goes_on_and_learns_questions(
     whole = tmp_path / "whole"
     assert qforge("import", opt.source, "--out", whole, "--text-from", case("retrieval").checkpoint) == 0
     assert qforge("train", recipe, "--out", tmp_path / "vqa", "--init", whole) == 0
-    assert not (tmp_path / "vqa/work/stage2").exists()
+    assert not (tmp_path / "vqa/steps/stage2").exists()
     answers = load_checkpoint(tmp_path / "vqa/checkpoint")
     assert answers.question_conditioned
     assert answers.bridge.parts == {"text", "contrast", "matching", "language"}
@@ -73,7 +73,7 @@ def test_a_retrieval_model_gets_a_language_model(
     started = ("train", recipe, "--out", tmp_path / "out", "--init", retrieval.checkpoint, "--stage", "stage2")
     assert qforge(*started, "--set", f"model.language={language}") == 0
     assert "has no language part; it starts from random weights" in " ".join(capsys.readouterr().err.split())
-    trained = load_checkpoint(tmp_path / "out/work/stage2")
+    trained = load_checkpoint(tmp_path / "out/steps/stage2")
     assert trained.bridge.parts == set(PARTS) - {"generation", "temperature"}
     assert trained.language_model.config.model_type == "opt"
     words = trained.bridge.embeddings.word_embeddings.weight
