@@ -6,11 +6,10 @@ signature of their `forward` hold; nothing here asks for a name.
 """
 
 import inspect
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     GenerationConfig,
@@ -18,8 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from runtime.errors import CheckpointError, InputError, MissingFile
-from trainer.towers import load_pretrained, source_folder
+from runtime.errors import CheckpointError, InputError
+from trainer.towers import load_pretrained, read_hf_config, source_folder
 
 Style = Literal["decoder-only", "encoder-decoder"]
 
@@ -35,12 +34,8 @@ def load_language(source: str) -> PreTrainedModel:
         InputError: a model that cannot take an image prefix.
     """
     folder = source_folder(source, "language")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise MissingFile(f"{folder} holds no model that transformers can read: {error}") from error
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = load_pretrained(kind, folder, unexpected="refused").requires_grad_(False).eval()
+    config = read_hf_config(folder)
+    model = load_pretrained(language_class(config), folder, unexpected="refused").requires_grad_(False).eval()
     require_prefix(model)
     start = None
     if style_of(model) == "encoder-decoder":
@@ -54,6 +49,11 @@ def load_language(source: str) -> PreTrainedModel:
             )
     model.generation_config = GenerationConfig(decoder_start_token_id=start)
     return model
+
+
+def language_class(config: Any) -> Any:
+    """transformers' automatic class for a language model with this config."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def style_of(model: PreTrainedModel) -> Style:

@@ -103,7 +103,7 @@ def load_vision(source: str, layer: int, image_size: int | None = None) -> Visio
 
 def _vision_class(folder: str) -> Any:
     """AutoModel, or the class the folder names where transformers has no automatic one (BLIP-2's own ViT)."""
-    config = _config(folder)
+    config = read_hf_config(folder)
     if type(config) in MODEL_MAPPING:
         return AutoModel
     named = (config.architectures or ["none"])[0]
@@ -115,7 +115,8 @@ def _vision_class(folder: str) -> Any:
     return getattr(transformers, named)
 
 
-def _config(folder: str) -> Any:
+def read_hf_config(folder: str) -> Any:
+    """A folder's config.json as transformers reads it; MissingFile when it cannot."""
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:

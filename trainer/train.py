@@ -84,12 +84,13 @@ def run_stage(
     from stage to stage.
     """
     torch.manual_seed(seed)
-    given = PARTS if init is None else read_config(init).parts
+    began = None if init is None else read_config(init)
+    given = PARTS if began is None else began.parts
     fresh = _fresh_parts(model, given)
     blip2 = new_blip2(model, stage == "vqa", (*given, *fresh))
     blip2.bridge.need(*NEEDED[stage])
-    if init is not None:
-        require_halves(init, read_config(init), model)
+    if init is not None and began is not None:
+        require_halves(init, began, model)
         load_bridge(blip2, init, fresh)
     if fresh:
         progress.note(f"{stage}: {init} has no {', '.join(fresh)} part; it starts from random weights")

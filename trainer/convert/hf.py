@@ -14,8 +14,6 @@ from typing import Any
 import transformers
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     Blip2VisionConfig,
     Blip2VisionModel,
     GenerationConfig,
@@ -38,6 +36,7 @@ from trainer.convert.model import (
 )
 from trainer.convert.options import ImportOptions
 from trainer.convert.stream import Pieces, read_weights
+from trainer.language import language_class
 from trainer.towers import load_tokenizer
 from trainer.train import StageName
 
@@ -63,6 +62,7 @@ class Layout:
     """For a decoder-only and for an encoder-decoder language model (BLIP-2 paper, appendix; LAVIS)."""
 
 
+BLIP2_VQA_PROMPTS = ("Question: {} Answer:", "Question: {} Short answer:")
 LAYOUTS = {
     "Blip2ForConditionalGeneration": Layout(
         stage="stage2",
@@ -72,7 +72,7 @@ LAYOUTS = {
         question_conditioned=False,
         max_text_tokens=32,
         caption_prompt="",
-        vqa_prompt=("Question: {} Answer:", "Question: {} Short answer:"),
+        vqa_prompt=BLIP2_VQA_PROMPTS,
     ),
     "Blip2ForImageTextRetrieval": Layout(
         stage="stage1",
@@ -82,7 +82,7 @@ LAYOUTS = {
         question_conditioned=False,
         max_text_tokens=35,
         caption_prompt="",
-        vqa_prompt=("Question: {} Answer:", "Question: {} Short answer:"),
+        vqa_prompt=BLIP2_VQA_PROMPTS,
     ),
     "InstructBlipForConditionalGeneration": Layout(
         stage="vqa",
@@ -243,11 +243,10 @@ def vision_half(theirs: Any, weights: Pieces, preprocess: PreprocessSettings, so
 
 def language_half(theirs: Any, weights: Pieces, source: str) -> Half:
     """Their language model as a folder of its own, in the type it is stored in."""
-    kind = AutoModelForSeq2SeqLM if theirs.is_encoder_decoder else AutoModelForCausalLM
     made: list[Any] = []
 
     def build() -> Any:
-        made.append(kind.from_config(theirs))
+        made.append(language_class(theirs).from_config(theirs))
         return made[0]
 
     expected = expected_tensors(build)

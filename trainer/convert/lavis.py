@@ -19,7 +19,7 @@ from runtime.errors import CheckpointError, InputError
 from runtime.preprocess import PreprocessSettings
 from trainer.bridge import PARTS, Part, part_of
 from trainer.config import ModelConfig, QFormerConfig
-from trainer.convert.hf import NORM, VISION, vision_half
+from trainer.convert.hf import BLIP2_VQA_PROMPTS, NORM, VISION, vision_half
 from trainer.convert.images import processor_json, read_image_processor
 from trainer.convert.model import (
     Half,
@@ -91,6 +91,7 @@ def read_lavis(path: Path, options: ImportOptions) -> Imported:
     vocabulary = _held(bridge, "embeddings.word_embeddings.weight", 2, path)[0] if reads else None
     qformer = _qformer(bridge, parts, vocabulary, options.heads, path)
     language, tokenizer, language_width, ends = None, None, None, None
+    vqa_prompt = BLIP2_VQA_PROMPTS[0]
     if speaks and options.language is not None:
         language = half_of(options.language, "language")
         config = AutoConfig.from_pretrained(options.language)
@@ -100,10 +101,7 @@ def read_lavis(path: Path, options: ImportOptions) -> Imported:
         tokenizer = fitted(loaded, config.vocab_size, str(place))
         if any(key.startswith(NEWLINE_ENDS) for key in state):
             ends = (int(loaded("\n", add_special_tokens=False).input_ids[-1]),)
-        seq2seq = bool(config.is_encoder_decoder)
-        vqa_prompt = "Question: {} Short answer:" if seq2seq else "Question: {} Answer:"
-    else:
-        vqa_prompt = "Question: {} Answer:"
+        vqa_prompt = BLIP2_VQA_PROMPTS[bool(config.is_encoder_decoder)]
     caption_prompt = "a photo of" if speaks and tower else ""  # the caption fine-tune, which trained its tower, had one
     model = ModelConfig(
         **self_contained(speaks, reads),

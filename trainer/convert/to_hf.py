@@ -15,8 +15,6 @@ from typing import Any, Literal
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     Blip2Config,
     Blip2Processor,
     Blip2VisionConfig,
@@ -47,6 +45,7 @@ from trainer.convert.stream import (
     write_safetensors,
     write_weights,
 )
+from trainer.language import language_class
 from trainer.towers import load_tokenizer, load_vision, source_folder
 
 Kind = Literal["caption", "retrieval", "instruct"]
@@ -115,7 +114,7 @@ def write_hf(checkpoint: Path, out: Path, kind: Kind | None = None) -> Written:
             GenerationConfig.from_model_config(whole.text_config).save_pretrained(folder)
         write_weights(folder, weights)
         write_safetensors(folder / SIDE_WEIGHTS, beside)
-        _write_side(folder, checkpoint, config, kind, vision_folder, rows)
+        _write_side(folder, checkpoint, config, kind, preprocess, rows)
     return Written(kind, sorted(beside), _notes(kind, config, vision_config))
 
 
@@ -145,8 +144,7 @@ class _Language:
         }, growing
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        kind = AutoModelForSeq2SeqLM if self.config.is_encoder_decoder else AutoModelForCausalLM
-        made = expected_tensors(lambda: kind.from_config(copy.deepcopy(self.config)))
+        made = expected_tensors(lambda: language_class(self.config).from_config(copy.deepcopy(self.config)))
         return {key: tuple(tensor.shape) for key, tensor in made.items()}
 
     def text_config(self) -> dict[str, Any]:
@@ -267,7 +265,12 @@ def _config(
 
 
 def _write_side(
-    folder: Path, checkpoint: Path, config: CheckpointConfig, kind: Kind, vision: Path, rows: dict[str, int]
+    folder: Path,
+    checkpoint: Path,
+    config: CheckpointConfig,
+    kind: Kind,
+    preprocess: PreprocessSettings,
+    rows: dict[str, int],
 ) -> None:
     """Everything that the layout has no place for."""
     aside = folder / SIDE_FOLDER
@@ -286,10 +289,10 @@ def _write_side(
         question_conditioned=config.question_conditioned,
         parts=config.parts,
         model=model,
-        preprocess=PreprocessSettings.model_validate_json((checkpoint / "preprocessor.json").read_text()),
+        preprocess=preprocess,
         metrics=json.loads((checkpoint / "metrics.json").read_text()),
         recipe_yaml=(checkpoint / "recipe.yaml").read_text(),
-        vision_files=_small_files(vision),
+        vision_files=_small_files(Path(source_folder(config.model.vision, "vision"))),
         language_files={} if language is None else _small_files(language),
         rows=rows,
     )
