@@ -5,10 +5,11 @@ import importlib.metadata
 import platform
 from pathlib import Path
 
-from export.config import ExportConfig, Heads, Precision
+from export.config import ExportConfig, Heads
 from runtime.errors import InputError
 from runtime.files import sha256_of
 from runtime.manifest import Generation, Limits, Manifest, ModelFacts, Prompts
+from runtime.precision import LanguagePrecision, Precision
 from runtime.speaker import LANGUAGE_GRAPHS
 from trainer.blip2 import Blip2
 from trainer.checkpoint import WEIGHTS
@@ -18,11 +19,11 @@ UNSTATED_POSITIONS = 512
 LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "nncf")
 
 
-def precision_of(manifest: Manifest, graph: str) -> Precision:
+def precision_of(manifest: Manifest, graph: str) -> Precision | LanguagePrecision:
     """Numeric type of one graph; the token embedding is looked up, not computed with, and stays fp32."""
-    language = dict.fromkeys(LANGUAGE_GRAPHS[manifest.model.style], manifest.language_precision)
-    own: dict[str, Precision] = {**language, "embed": "fp32"}
-    return own.get(graph, manifest.precision)
+    if graph == "embed":
+        return "fp32"
+    return manifest.language_precision if graph in LANGUAGE_GRAPHS[manifest.model.style] else manifest.precision
 
 
 def limits(model: Blip2, config: ExportConfig, heads: Heads) -> Limits:

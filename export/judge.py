@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.config import Precision, Tolerance
+from export.config import Tolerance
 from export.graphs import Arrays, Graph
 from runtime.backends import Engine
 from runtime.closing import Closing
 from runtime.errors import CheckFailed
+from runtime.precision import LanguagePrecision, Precision
 from runtime.reference import GraphCase
 from runtime.replay import relative_error
 
@@ -29,7 +30,7 @@ class Parity:
     graph: str
     case: str
     output: str
-    precision: Precision
+    precision: Precision | LanguagePrecision
     allowed_error: float
     allowed_cosine: float
     max_error: float = 0.0
@@ -47,7 +48,9 @@ class Parity:
 class Judge(Closing):
     """An engine that runs a graph and its module side by side, measures, and returns what the module gave."""
 
-    def __init__(self, graph: Graph, engine: Engine, precision: Precision, tolerance: Tolerance) -> None:
+    def __init__(
+        self, graph: Graph, engine: Engine, precision: Precision | LanguagePrecision, tolerance: Tolerance
+    ) -> None:
         self._graph, self._engine = graph, engine
         self._precision, self._tolerance = precision, tolerance
         self.parities: dict[tuple[str, str], Parity] = {}

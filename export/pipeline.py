@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from export import facts, quantize
 from export.calibration import calibration_feeds, draw
 from export.card import card
-from export.config import ExportConfig, Heads, Precision
+from export.config import ExportConfig, Heads
 from export.facts import precision_of
 from export.graphs import Arrays, Graph
 from export.retrieval_graphs import TRAINS_HEADS, chosen_heads, graph_set
@@ -26,6 +26,7 @@ from runtime.bundle import MANIFEST, Bundle, read_bundle, write_manifest
 from runtime.errors import CheckFailed, InputError
 from runtime.files import atomic_folder, write_json_atomic
 from runtime.pipeline import QFORMER_TOKENIZER, TOKENIZER
+from runtime.precision import LanguagePrecision, Precision
 from runtime.progress import Progress
 from runtime.reference import REFERENCE, write_reference
 from runtime.speaker import LANGUAGE_GRAPHS
@@ -96,13 +97,14 @@ def export_bundle(
         _write_tokenizers(model, folder, heads)
         (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
 
-        def state(precision: Precision, language_precision: Precision) -> Bundle:
+        def state(precision: Precision, language_precision: LanguagePrecision) -> Bundle:
             """The folder as a real bundle, which is what gets verified."""
             manifest = write_manifest(
                 folder,
                 model=facts.model_facts(model, heads),
                 precision=precision,
                 language_precision=language_precision,
+                target=config.target,
                 limits=limits,
                 preprocess=model.preprocess,
                 prompts=facts.prompts(model, heads),

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from export.config import ExportConfig, Precision, Tolerance
+from export.config import ExportConfig
 from export.facts import precision_of
 from export.graphs import Arrays, Graph
 from export.judge import Judge, Parity
@@ -125,12 +125,11 @@ def judge_retrieval(
     Raises:
         CheckFailed: NaN or infinity anywhere, or a missed tolerance; names the graph and its worst output.
     """
-    tolerances: dict[Precision, Tolerance] = {"fp32": config.fp32, "int8": config.int8}
     with ExitStack() as opened:
         judges = dict[str, Judge]()
         for name in GRAPHS:
             precision = precision_of(bundle.manifest, name)
-            judge = Judge(graphs[name], open_engine(bundle, name), precision, tolerances[precision])
+            judge = Judge(graphs[name], open_engine(bundle, name), precision, config.tolerance(precision))
             judges[name] = opened.enter_context(judge)
         chain = RetrievalGraphs(*(judges[name] for name in GRAPHS))
         batches = _batches(pairs, config)
@@ -157,8 +156,7 @@ def verify_retrieval(
     """Graphs, then the scores that a user gets, from image files and texts; raises as `judge_retrieval`."""
     parities, cases = judge_retrieval(bundle, model, graphs, pairs, config, progress)
     _require_same_tokens(bundle, model, pairs)
-    precisions = {precision_of(bundle.manifest, name) for name in GRAPHS}
-    allowed = (config.fp32 if precisions == {"fp32"} else config.int8).max_error
+    allowed = max(config.tolerance(precision_of(bundle.manifest, name)).max_error for name in GRAPHS)
     eager, worst = EagerRetrieval(model), {"itc": 0.0, "itm": 0.0}
     chain: RetrievalCase | None = None
     with Retrieval(bundle, backend="ort", threads=None) as retrieval:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from export.calibration import question_ids
-from export.config import ExportConfig, Precision, Tolerance
+from export.config import ExportConfig
 from export.facts import precision_of
 from export.graphs import Graph
 from export.judge import Judge, Parity
@@ -87,8 +87,7 @@ def verify(
         CheckFailed: NaN or infinity anywhere, or a missed tolerance; names the graph and its worst output.
     """
     judged = judge_graphs(bundle, model, graphs, requests, config, progress)
-    exact = all(precision_of(bundle.manifest, name) == "fp32" for name in graphs)
-    allowed = (config.fp32 if exact else config.int8).differing_answers
+    allowed = max(config.tolerance(precision_of(bundle.manifest, name)).differing_answers for name in graphs)
     batches = _batches(requests, config.reference_items, config.max_batch)
     expected, equal = _compare_answers(bundle, model, batches, allowed, progress)
     prompts, questions = _tokens(bundle, model, batches[0])
@@ -120,13 +119,12 @@ def judge_graphs(
     progress: Progress,
 ) -> Judged:
     """Compare every graph with its module while the requests are answered; raises as `verify` does."""
-    tolerances: dict[Precision, Tolerance] = {"fp32": config.fp32, "int8": config.int8}
     manifest, batches = bundle.manifest, _batches(requests, config.reference_items, config.max_batch)
     with ExitStack() as opened:
         judges = dict[str, Judge]()
         for name, graph in graphs.items():
             precision = precision_of(manifest, name)
-            judge = Judge(graph, open_engine(bundle, name), precision, tolerances[precision])
+            judge = Judge(graph, open_engine(bundle, name), precision, config.tolerance(precision))
             judges[name] = opened.enter_context(judge)
         encoder = ImageEncoder(judges["vision"], judges["qformer"], QueryCache(0), manifest)
         decoder = open_decoder(manifest, judges.__getitem__)

@@ -14,12 +14,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.config import Precision
 from qforge.recipe import Recipe
 from qforge.report import report_text
 from runtime.dataset import check_manifest, read_manifest
 from runtime.errors import CheckFailed, require
 from runtime.files import sha256_of, write_json_atomic
+from runtime.precision import Precision
 from runtime.preprocess import load_image
 from runtime.progress import Progress
 from trainer.config import DEMO, DataConfig, ModelConfig

@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from export.config import Precision
 from qforge import actions
 from qforge.recipe import Recipe
 from qforge.steps import Done, Step, folder_lock, run_steps
 from runtime.errors import InputError
 from runtime.files import write_text_atomic
+from runtime.precision import Precision
 from trainer.config import DEMO, ModelConfig
 
 Stage = Literal["stage1", "stage2", "vqa"]

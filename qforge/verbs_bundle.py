@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from export.config import Heads, Precision
+from export.config import Heads
 from qforge.actions import manifests_of, measure
 from qforge.console import Outcome, must_be_ours
 from qforge.evaluation import evaluate_rows, kind_of, open_answerer
@@ -15,6 +15,7 @@ from qforge.recipe import Recipe, load_recipe
 from runtime.bundle import read_bundle
 from runtime.dataset import read_manifest
 from runtime.errors import InputError, require
+from runtime.precision import LanguagePrecision, Precision
 from runtime.progress import Progress
 from runtime.replay import replay
 
@@ -23,7 +24,7 @@ def export(
     checkpoint: Path,
     out: Path,
     precision: Precision,
-    language_precision: Precision | None,
+    language_precision: LanguagePrecision | None,
     heads: Heads | None,
     calibration: Sequence[Path],
     overrides: Sequence[str],

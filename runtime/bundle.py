@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -20,6 +20,7 @@ from runtime.errors import BundleError
 from runtime.files import sha256_of, write_text_atomic
 from runtime.manifest import (
     FORMAT,
+    READABLE,
     FileEntry,
     Generation,
     GraphEntry,
@@ -29,6 +30,7 @@ from runtime.manifest import (
     Prompts,
     TensorSpec,
 )
+from runtime.precision import LanguagePrecision, Precision, Target
 from runtime.preprocess import PreprocessSettings
 
 MANIFEST = "manifest.json"
@@ -108,8 +110,9 @@ def write_manifest(
     folder: Path,
     *,
     model: ModelFacts,
-    precision: Literal["fp32", "int8"],
-    language_precision: Literal["fp32", "int8"],
+    precision: Precision,
+    language_precision: LanguagePrecision,
+    target: Target,
     limits: Limits,
     preprocess: PreprocessSettings,
     prompts: Prompts,
@@ -126,6 +129,7 @@ def write_manifest(
         model=model,
         precision=precision,
         language_precision=language_precision,
+        target=target,
         limits=limits,
         preprocess=preprocess,
         prompts=prompts,
@@ -177,9 +181,9 @@ def _read_manifest_json(folder: Path) -> dict[str, Any]:
         raise BundleError(f"{file}: expected JSON, found other data; copy or export the bundle again") from error
     if not isinstance(record, dict):
         raise BundleError(f"{file}: expected a JSON object, found {type(record).__name__}; export the bundle again")
-    if record.get("format") != FORMAT:
-        found = record.get("format")
-        raise BundleError(f"{file}: expected format {FORMAT}, found {found!r}; upgrade qforge or export again")
+    if record.get("format") not in READABLE:
+        known, found = " or ".join(map(str, READABLE)), record.get("format")
+        raise BundleError(f"{file}: expected format {known}, found {found!r}; upgrade qforge or export again")
     expected = _digest(record)
     if record.get("digest") != expected or text != _render(record):
         raise BundleError(

@@ -8,12 +8,15 @@ from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
+from runtime.precision import LanguagePrecision, Precision, Target
 from runtime.preprocess import PreprocessSettings
 from runtime.settings import Settings
 from runtime.text import QFormerReads
 
-FORMAT = 1
-"""The one manifest format this reader knows."""
+FORMAT = 2
+"""The manifest format that is written."""
+READABLE = (1, FORMAT)
+"""Formats this reader knows; 1 had neither `target` nor other types than fp32 and int8."""
 
 
 class FileEntry(Settings):
@@ -105,16 +108,18 @@ class Generation(Settings):
 class Manifest(Settings):
     """Everything in `manifest.json`."""
 
-    format: Literal[1]
+    format: Literal[1, 2]
     """Version of this layout."""
     digest: str
     """SHA-256 of the canonical JSON of all other keys; names this bundle in cache keys."""
     model: ModelFacts
     """What the graphs are together."""
-    precision: Literal["fp32", "int8"]
+    precision: Precision
     """Of the vision, Q-Former and retrieval graphs."""
-    language_precision: Literal["fp32", "int8"]
+    language_precision: LanguagePrecision
     """Of the language model's graphs; fp32 where there is none."""
+    target: Target = "onnxruntime"
+    """Who the graphs are written for (bundles without this field: ONNX Runtime)."""
     limits: Limits
     """Refused beyond."""
     preprocess: PreprocessSettings

@@ -101,7 +101,11 @@ def test_override_reaches_below_an_empty_section() -> None:
         ("", "stage1.steps=[1", "--set stage1.steps=[1:1: expected YAML, but"),
         ("stage1: {steps: many}", None, "r.yaml: stage1.steps: input should be a valid integer"),
         ("", "stage1.steps=-1", "--set stage1.steps=-1: stage1.steps: input should be greater than 0, found -1."),
-        ("", "export.precisions=[fp32, int4]", "export.precisions.1: input should be 'fp32' or 'int8', found 'int4'."),
+        (
+            "",
+            "export.precisions=[fp32, int4]",
+            "export.precisions.1: input should be 'fp32', 'fp16', 'bf16', 'int8' or 'fp8', found 'int4'.",
+        ),
         ("a: 1\nb: [\n", None, "r.yaml:3: expected YAML, but"),
         ("seed: 1\nseed: 2\n", None, "r.yaml:2: expected YAML, but the key 'seed' is there twice."),
         ("- 1\n", None, "r.yaml: expected sections such as"),

@@ -116,7 +116,7 @@ def test_inspect_tells_what_a_bundle_is(bundle: Path, capsys: pytest.CaptureFixt
     assert code == 0
     assert "graph qformer: image_embeds, question_ids, question_mask -> prefix" in out
     _, out, _ = call(capsys, "inspect", bundle, "--json")
-    assert json.loads(out)["manifest"]["format"] == 1
+    assert json.loads(out)["manifest"]["format"] == 2
 
 
 def test_evaluate_scores_a_bundle(

@@ -69,6 +69,7 @@ def write_tiny_bundle(final: Path, *, question_conditioned: bool = True, **limit
             ),
             precision="fp32",
             language_precision="fp32",
+            target="onnxruntime",
             limits=Limits(
                 **{"max_batch": 3, "max_positions": 20, "max_question_tokens": 4, "max_new_tokens": 8} | limits
             ),

@@ -37,6 +37,7 @@ def write_retrieval_bundle(final: Path, *, max_batch: int = 3) -> Path:
             model=ModelFacts(style="none", queries=1, qformer_width=3, language_width=None, question_conditioned=False),
             precision="fp32",
             language_precision="fp32",
+            target="onnxruntime",
             limits=Limits(
                 max_batch=max_batch, max_positions=0, max_question_tokens=0, max_new_tokens=0, max_text_tokens=6
             ),

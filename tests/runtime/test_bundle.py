@@ -87,9 +87,9 @@ def test_a_missing_file_is_named(bundle):
 
 
 def test_unknown_formats_are_refused(bundle):
-    for unknown in (2, 0, "1", None, 1.5):
+    for unknown in (3, 0, "1", None, 1.5):
         rewrite(bundle, format=unknown)
-        with pytest.raises(BundleError, match=r"expected format 1.*upgrade qforge or export again"):
+        with pytest.raises(BundleError, match=r"expected format 1 or 2.*upgrade qforge or export again"):
             read_bundle(bundle)
 
 
@@ -123,7 +123,7 @@ def test_unlisted_files_are_refused_except_engines(bundle):
 def test_folders_that_are_no_bundle(tmp_path):
     with pytest.raises(BundleError, match=r"expected a bundle with manifest\.json"):
         read_bundle(tmp_path / "nowhere")
-    for text, sentence in (("{", "expected JSON"), ("[1]", "expected a JSON object"), ("{}", "expected format 1")):
+    for text, sentence in (("{", "expected JSON"), ("[1]", "expected a JSON object"), ("{}", "expected format 1 or 2")):
         (tmp_path / MANIFEST).write_text(text)
         with pytest.raises(BundleError, match=sentence):
             read_bundle(tmp_path)
@@ -134,7 +134,7 @@ def test_folders_that_are_no_bundle(tmp_path):
 
 def test_a_signed_manifest_with_a_wrong_field_names_it(bundle):
     rewrite(bundle, precision="fp4")
-    with pytest.raises(BundleError, match=r"manifest\.json: precision: Input should be 'fp32' or 'int8'"):
+    with pytest.raises(BundleError, match=r"manifest\.json: precision: Input should be 'fp32', 'fp16'"):
         read_bundle(bundle)
 
 
@@ -145,10 +145,18 @@ def test_unknown_graph(bundle):
 
 def test_manifest_fields_are_a_promise():
     assert set(Manifest.model_fields) == {
-        "format", "digest", "model", "precision", "language_precision", "limits", "preprocess", "prompts",
+        "format", "digest", "model", "precision", "language_precision", "target", "limits", "preprocess", "prompts",
         "generation", "graphs", "files", "made_by",
     }, "changing the manifest means raising `format` and teaching the reader the old one"  # fmt: skip
 
 
 def test_exit_codes():
     assert (QforgeError.exit_code, BundleError.exit_code, CheckFailed.exit_code) == (2, 2, 1)
+
+
+def test_a_bundle_of_format_1_is_read(bundle):
+    record = json.loads((bundle / MANIFEST).read_text())
+    del record["target"]
+    (bundle / MANIFEST).write_text(_render(record))
+    rewrite(bundle, format=1)
+    assert read_bundle(bundle).manifest.target == "onnxruntime"

@@ -1,0 +1,11 @@
+"""The numeric types that graphs are written in, and whom they are written for; named once for exporter and readers."""
+
+from typing import Literal
+
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+"""Of the vision graph, the Q-Former and the retrieval heads. int8 and fp8: weights and activations."""
+LanguagePrecision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+"""Of the language model's graphs. int8 and int4: weights only, in blocks."""
+Target = Literal["onnxruntime", "tensorrt"]
+"""Who runs the graphs: ONNX Runtime as they are, or a TensorRT engine that is built from them; the two differ in how
+quantised weights are written, and in the type of what is not quantised (fp32 or fp16)."""
