@@ -67,7 +67,7 @@ class DemoHalvesConfig(Settings):
     """Training scenes told to the language model, in about seven documents each."""
     vision_steps: PositiveInt = 1_800
     """Optimiser steps of the image encoder."""
-    language_steps: PositiveInt = 3_000
+    language_steps: PositiveInt = 3_500
     """Optimiser steps of the language model."""
     note_steps: NonNegativeInt = 600
     """The first of them, on notes alone."""

@@ -1,7 +1,9 @@
 """The demo world: reproducible, disjoint by content, fair to those who do not look, and scored by what is true."""
 
+import dataclasses
 import json
 from collections import Counter, defaultdict
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,16 @@ from runtime.scoring import question_prior
 from trainer.config import DemoWorldConfig
 from trainer.demo_world import scorers_for, write_demo_world
 from trainer.demo_world.draw import draw
-from trainer.demo_world.language import KIND_WEIGHTS, QuestionWriter, candidates, caption_is_true, captions, name
-from trainer.demo_world.scene import COLOURS, DEMO, Scene, random_scenes, relation, scene_from_json
+from trainer.demo_world.language import (
+    KIND_WEIGHTS,
+    OPPOSITE,
+    QuestionWriter,
+    candidates,
+    caption_is_true,
+    captions,
+    name,
+)
+from trainer.demo_world.scene import COLOURS, DEMO, Scene, Shape, random_scenes, relations, scene_from_json
 
 SPLITS = ("train", "val", "test")
 
@@ -111,13 +121,20 @@ def test_every_question_has_one_right_answer(scenes: dict[str, list[Scene]]) -> 
 
 
 def test_relations_are_opposite() -> None:
-    opposite = {"to the left of": "to the right of", "above": "below"}
-    opposite |= {v: k for k, v in opposite.items()}
     for scene in random_scenes(200, "train", seed=5, palette=DEMO):
-        for first in scene.objects:
-            for second in scene.objects:
-                if first is not second and (there := relation(first, second)) is not None:
-                    assert relation(second, first) == opposite[there]
+        for first, second in permutations(scene.objects, 2):
+            assert relations(second, first) == tuple(OPPOSITE[there] for there in relations(first, second))
+
+
+def test_a_relation_is_judged_along_its_own_axis() -> None:
+    blue, red = (Shape("star", colour, "small", x, y, 0.08) for colour, x, y in (("blue", 0.2, 0.3), ("red", 0.6, 0.7)))
+    scene = Scene((blue, red), cluttered=False)
+    for where in ("to the left of", "above"):
+        assert caption_is_true(f"a small blue star {where} a small red star", scene)
+        assert not caption_is_true(f"a small red star {where} a small blue star", scene)
+    level = Scene((blue, dataclasses.replace(red, y=0.35)), cluttered=False)
+    assert relations(*level.objects) == ("to the left of",)
+    assert not any("above" in q.text or "below" in q.text for q in candidates(level, np.random.default_rng(0), DEMO))
 
 
 def test_wording_alone_answers_less_than_half(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from itertools import permutations
 
 import numpy as np
 
-from trainer.demo_world.scene import COLOURS, RADIUS, SHAPES, Palette, Scene, Shape, relation
+from trainer.demo_world.scene import COLOURS, RADIUS, SHAPES, Palette, Scene, Shape, relations
 
-RELATIONS = ("to the left of", "to the right of", "above", "below")
+OPPOSITE = {"to the left of": "to the right of", "above": "below"}
+OPPOSITE |= {there: here for here, there in OPPOSITE.items()}
 KIND_WEIGHTS = {"colour": 3, "shape": 3, "size": 2, "count": 3, "existence": 3, "relation": 2, "yes/no": 2}
 """How often each kind is asked, relative to the others."""
 
@@ -47,7 +48,7 @@ def captions(scene: Scene) -> tuple[str, ...]:
         return (f"a {name(objects[0])} at the {position(objects[0])}",)
     if len(objects) == 2:
         first, second = objects
-        here, back = relation(first, second), relation(second, first)
+        here, back = relations(first, second)[0], relations(second, first)[0]
         return (f"a {name(first)} {here} a {name(second)}", f"a {name(second)} {back} a {name(first)}")
     named = [f"a {name(o)}" for o in objects]
     return (", ".join(named[:-1]) + " and " + named[-1],)
@@ -82,13 +83,14 @@ def _attributes(scene: Scene) -> list[Note]:
 
 
 def _places(scene: Scene) -> list[Note]:
-    """Such as ("the blue star, the red circle:", " above"), where it is clear."""
+    """Such as ("blue star red circle height:", " above"), for each axis along which it is clear."""
     pairs = [f"{o.colour} {o.shape}" for o in scene.objects]
-    return [
-        (f"the {pairs[i]}, the {pairs[j]}:", f" {where}")
-        for i, j in permutations(_unique(pairs), 2)
-        if (where := relation(scene.objects[i], scene.objects[j])) is not None
-    ]
+    said = []
+    for i, j in permutations(_unique(pairs), 2):
+        for where in relations(scene.objects[i], scene.objects[j]):
+            axis = "height" if where in ("above", "below") else "across"
+            said.append((f"{pairs[i]} {pairs[j]} {axis}:", f" {where.removeprefix('to the ').split()[0]}"))
+    return said
 
 
 def _numbers(scene: Scene, rng: np.random.Generator, palette: Palette) -> list[Note]:
@@ -114,7 +116,7 @@ _OBJECT = re.compile(rf"a ({'|'.join(RADIUS)}) ({'|'.join(COLOURS)}) ({'|'.join(
 def caption_is_true(text: str, scene: Scene) -> bool:
     """Whether a caption of any wording order names every object with all its attributes, and only true facts.
 
-    One object needs its position, two their relation, more the enumeration from any side.
+    One object needs its position, two a true relation, more the enumeration from any side.
     """
     found = list(_OBJECT.finditer(text))
     named = Counter(" ".join(match.groups()) for match in found)
@@ -126,9 +128,9 @@ def caption_is_true(text: str, scene: Scene) -> bool:
         said = text[found[0].end() : found[1].start()].strip()
         one, other = scene.objects
         if name(one) == name(other):
-            return said in (relation(one, other), relation(other, one))
+            return said in (*relations(one, other), *relations(other, one))
         first, second = (one, other) if " ".join(found[0].groups()) == name(one) else (other, one)
-        return said == relation(first, second)
+        return said in relations(first, second)
     return True
 
 
@@ -164,10 +166,9 @@ def candidates(scene: Scene, rng: np.random.Generator, palette: Palette) -> Iter
         yield Question("existence", f"is there {_a(pair)}?", _yes(pair in pairs))
     for i in _unique(pairs):
         for j in _unique(pairs):
-            if i != j and (true := relation(objects[i], objects[j])) is not None:
-                asked = str(rng.choice(RELATIONS))
-                yield Question("relation", f"is the {pairs[i]} {asked} the {pairs[j]}?", _yes(asked == true))
+            for true in relations(objects[i], objects[j]) if i != j else ():
                 yield Question("relation", f"is the {pairs[i]} {true} the {pairs[j]}?", "yes")
+                yield Question("relation", f"is the {pairs[i]} {OPPOSITE[true]} the {pairs[j]}?", "no")
     for i in _unique(shapes):
         asked = str(rng.choice(palette.colours))
         yield Question("yes/no", f"is the {shapes[i]} {asked}?", _yes(asked == colours[i]))

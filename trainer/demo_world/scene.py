@@ -53,8 +53,8 @@ RADIUS = {"small": (0.075, 0.105), "large": (0.165, 0.205)}
 SHARED_ATTRIBUTE = 0.5
 """Share of later objects that repeat the shape or colour of an earlier one, so that counting has something to count."""
 CLEAR_OFFSET = 0.12
-"""One object is beside (or above) another when its centre is at least this share of the side further along that
-axis, and further along that axis than along the other by the same share: relations are never a matter of taste."""
+"""One object is to the left of (or above) another when its centre is at least this share of the side further along that
+axis; nothing is said or asked along an axis where they are closer: relations are never a matter of taste."""
 
 
 @dataclass(frozen=True)
@@ -95,18 +95,19 @@ def scene_from_json(tree: dict[str, Any]) -> Scene:
     return Scene(tuple(Shape(**fields) for fields in tree["objects"]), bool(tree["cluttered"]))
 
 
-def relation(first: Shape, second: Shape) -> str | None:
-    """Where `first` is as seen from `second`: "to the left of", "above" …; None when it is not clear."""
+def relations(first: Shape, second: Shape) -> tuple[str, ...]:
+    """Where `first` is as seen from `second` along each axis where that is clear, the more distant axis first.
+
+    Such as ("above", "to the left of"); two shapes that do not touch are always apart along one of the axes.
+    """
     dx, dy = first.x - second.x, first.y - second.y
-    if abs(dx) - abs(dy) >= CLEAR_OFFSET:
-        return "to the left of" if dx < 0 else "to the right of"
-    if abs(dy) - abs(dx) >= CLEAR_OFFSET:
-        return "above" if dy < 0 else "below"
-    return None
+    across, upright = "to the left of" if dx < 0 else "to the right of", "above" if dy < 0 else "below"
+    axes = sorted([(abs(dx), across), (abs(dy), upright)], reverse=True)
+    return tuple(where for distance, where in axes if distance >= CLEAR_OFFSET)
 
 
 def random_scene(rng: np.random.Generator, palette: Palette) -> Scene:
-    """One scene; every pair of a two-object scene stands in a clear relation."""
+    """One scene; the objects of a two-object scene stand in a clear relation."""
     count = palette.counts[int(rng.integers(len(palette.counts)))]
     while True:
         objects: list[Shape] = []
@@ -122,7 +123,7 @@ def random_scene(rng: np.random.Generator, palette: Palette) -> Scene:
             objects.append(placed)
         if len(objects) < count:
             continue
-        if count == 2 and relation(*objects) is None:
+        if count == 2 and not relations(*objects):
             continue
         objects.sort(key=lambda o: o.x)
         if any(b.x - a.x < 0.02 for a, b in pairwise(objects)):
