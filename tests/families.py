@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from trainer.config import ModelConfig
-from trainer.demo_world.language import QuestionWriter, captions
+from trainer.demo_world.language import QuestionWriter, caption
 from trainer.demo_world.scene import WIDE, random_scenes
 
 FAMILIES = ("opt", "llama", "qwen2", "gpt2", "t5", "flan")
@@ -106,7 +106,7 @@ def new_tokenizer(habits: Habits) -> PreTrainedTokenizerFast:
     texts = [
         text
         for scene in random_scenes(60, "train", 0, WIDE)
-        for text in (*captions(scene), *(f"Question: {q.text} Answer: {q.answer}" for q in writer.ask(scene, 4)))
+        for text in (caption(scene), *(f"Question: {q.text} Answer: {q.answer}" for q in writer.ask(scene, 4)))
     ]
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace() if habits.marks_words else pre_tokenizers.ByteLevel(False)

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from trainer.demo_world.halves import train_tokenizers
-from trainer.demo_world.language import QuestionWriter, captions
+from trainer.demo_world.language import QuestionWriter, caption
 from trainer.demo_world.scene import WIDE, random_scenes
 
 SIDE, PATCH, QUERIES = 16, 4, 4
@@ -140,7 +140,7 @@ def tokenizers(begins: str) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenize
     texts = [
         text
         for scene in random_scenes(30, "train", 0, WIDE)
-        for text in (*captions(scene), *(f"Question: {q.text} Answer: {q.answer}" for q in writer.ask(scene, 4)))
+        for text in (caption(scene), *(f"Question: {q.text} Answer: {q.answer}" for q in writer.ask(scene, 4)))
     ]
     language, text = train_tokenizers(texts)
     specials = [(token, language.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]

@@ -7,7 +7,7 @@ import torch
 
 from trainer.config import ModelConfig, QFormerConfig
 from trainer.demo_world.halves import train_tokenizers
-from trainer.demo_world.language import QuestionWriter, captions
+from trainer.demo_world.language import QuestionWriter, caption
 from trainer.demo_world.scene import WIDE, random_scenes
 from trainer.towers import new_language_model, new_vision_tower
 
@@ -21,7 +21,7 @@ def write_tiny_halves(folder: Path, *, seed: int = 0) -> ModelConfig:
     texts = [
         text
         for scene in random_scenes(60, "train", seed, WIDE)
-        for text in (*captions(scene), *(f"Question: {q.text} Answer: {q.answer}" for q in writer.ask(scene, 4)))
+        for text in (caption(scene), *(f"Question: {q.text} Answer: {q.answer}" for q in writer.ask(scene, 4)))
     ]
     language, text = train_tokenizers(texts)
     new_vision_tower(image_size=SIDE, patch=4, width=32, layers=2, heads=4).save_pretrained(folder / "vision")

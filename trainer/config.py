@@ -64,12 +64,12 @@ class DemoHalvesConfig(Settings):
     scenes: PositiveInt = 20_000
     """Training scenes drawn for the image encoder."""
     told_scenes: PositiveInt = 30_000
-    """Training scenes told to the language model, in about seven documents each."""
+    """Training scenes told to the language model, in about eight documents each."""
     vision_steps: PositiveInt = 1_800
     """Optimiser steps of the image encoder."""
-    language_steps: PositiveInt = 3_500
+    language_steps: PositiveInt = 4_000
     """Optimiser steps of the language model."""
-    note_steps: NonNegativeInt = 600
+    note_steps: NonNegativeInt = 1_000
     """The first of them, on notes alone."""
     vision_batch_size: PositiveInt = 64
     """Pictures in a step."""

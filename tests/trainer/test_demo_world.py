@@ -22,8 +22,8 @@ from trainer.demo_world.language import (
     OPPOSITE,
     QuestionWriter,
     candidates,
+    caption,
     caption_is_true,
-    captions,
     name,
 )
 from trainer.demo_world.scene import COLOURS, DEMO, Scene, Shape, random_scenes, relations, scene_from_json
@@ -66,10 +66,10 @@ def test_variety(scenes: dict[str, list[Scene]]) -> None:
     assert len(DEMO.colours) >= 8
     assert {o.shape for s in drawn for o in s.objects} == set(DEMO.shapes)
     assert {s.cluttered for s in drawn} == {True, False}
-    said = " ".join(text for s in drawn for text in captions(s))
-    assert all(
-        word in said for word in ("to the left of", "to the right of", "above", "below", "middle", "bottom left")
-    )
+    said = " ".join(caption(s) for s in drawn)
+    assert all(word in said for word in ("to the left of", "above", "below", "middle", "bottom left"))
+    asked = " ".join(q.text for s in drawn[:100] for q in candidates(s, np.random.default_rng(0), DEMO))
+    assert all(word in asked for word in OPPOSITE)
 
 
 def test_a_picture_shows_what_its_scene_says() -> None:
@@ -86,17 +86,17 @@ def test_a_picture_shows_what_its_scene_says() -> None:
 
 def test_captions_are_true_and_wrong_ones_are_not(scenes: dict[str, list[Scene]]) -> None:
     for scene in scenes["test"]:
-        for caption in captions(scene):
-            assert caption_is_true(caption, scene)
-            words = caption.split()
-            for i, word in enumerate(words):
-                for group in (DEMO.colours, DEMO.shapes, ("small", "large"), ("above", "below"), ("left", "right")):
-                    if word in group:
-                        wrong = group[(group.index(word) + 1) % len(group)]
-                        changed = " ".join([*words[:i], wrong, *words[i + 1 :]])
-                        assert not caption_is_true(changed, scene) or _says_the_same(changed, scene)
+        told = caption(scene)
+        assert caption_is_true(told, scene)
+        words = told.split()
+        for i, word in enumerate(words):
+            for group in (DEMO.colours, DEMO.shapes, ("small", "large"), ("above", "below"), ("left", "right")):
+                if word in group:
+                    wrong = group[(group.index(word) + 1) % len(group)]
+                    changed = " ".join([*words[:i], wrong, *words[i + 1 :]])
+                    assert not caption_is_true(changed, scene) or _says_the_same(changed, scene)
         assert not caption_is_true("", scene)
-        assert not caption_is_true(captions(scene)[0] + " and a small red circle", scene)
+        assert not caption_is_true(caption(scene) + " and a small red circle", scene)
 
 
 def _says_the_same(caption: str, scene: Scene) -> bool:
@@ -161,7 +161,7 @@ def test_scene_round_trip_and_scorer_choice(world: Path) -> None:
     rows = read_manifest(world / "captions_test.jsonl")
     scene = scene_from_json(json.loads(json.dumps(rows[0].extra["scene"])))
     score = scorers_for(rows)["attributes_right"]
-    assert score(captions(scene)[0], rows[0]) == 1.0
+    assert score(caption(scene), rows[0]) == 1.0
     assert score("a picture", rows[0]) == 0.0
     assert scorers_for(read_manifest(world / "vqa_test.jsonl")) == {}
 

@@ -28,7 +28,7 @@ from runtime.preprocess import PreprocessSettings, preprocess
 from runtime.progress import Progress
 from trainer.config import DemoHalvesConfig, ModelConfig
 from trainer.demo_world.draw import draw
-from trainer.demo_world.language import QuestionWriter, captions, facts, notes
+from trainer.demo_world.language import QuestionWriter, caption, facts, notes
 from trainer.demo_world.scene import COLOURS, RADIUS, SHAPES, WIDE, Scene, Split, random_scenes
 from trainer.towers import new_language_model, new_vision_tower
 
@@ -52,7 +52,7 @@ DOCUMENT_TOKENS = 54
 """Documents are cut here; notes fill up what the facts leave."""
 QUESTIONS = 4
 """Questions asked about one scene, each in a document of its own."""
-NOTES = 6
+NOTES = 8
 """Most notes in one document."""
 OPEN_WEIGHT, ANSWER_WEIGHT = 0.1, 4.0
 """Weight of a token the facts do not decide (facts, wording of questions) and of an answer; what else is told has 1."""
@@ -185,12 +185,13 @@ def documents(scene: Scene, writer: QuestionWriter, rng: np.random.Generator, pr
     for thousands of steps.
     """
     told = facts(scene)
-    made = [Document(told, (("", str(rng.choice(captions(scene)))),), 1.0)]
+    made = [Document(told, (("", caption(scene)),), 1.0)]
     for question in writer.ask(scene, QUESTIONS):
         made.append(Document(told, ((prompt.format(question.text), f" {question.answer}"),), ANSWER_WEIGHT))
     if len(scene.objects) > 1:
         for page in notes(scene, rng, WIDE).values():
-            made.append(Document(told, tuple(page[i] for i in rng.permutation(len(page))[:NOTES]), 1.0))
+            said = [note for i in rng.permutation(len(page)) for note in page[i]]
+            made.append(Document(told, tuple(said[:NOTES]), 1.0))
     return made
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from trainer.demo_world.scene import COLOURS, RADIUS, SHAPES, Palette, Scene, Shape, relations
 
 OPPOSITE = {"to the left of": "to the right of", "above": "below"}
+UPRIGHT = ("above", "below")
 OPPOSITE |= {there: here for here, there in OPPOSITE.items()}
 KIND_WEIGHTS = {"colour": 3, "shape": 3, "size": 2, "count": 3, "existence": 3, "relation": 2, "yes/no": 2}
 """How often each kind is asked, relative to the others."""
@@ -41,35 +42,50 @@ def position(shape: Shape) -> str:
     return f"{row} {column}".strip() or "middle"
 
 
-def captions(scene: Scene) -> tuple[str, ...]:
-    """True descriptions naming size, colour and shape of every object, and where they are."""
+def caption(scene: Scene) -> str:
+    """A true description naming size, colour and shape of every object, from left to right, and where they are."""
     objects = scene.objects
     if len(objects) == 1:
-        return (f"a {name(objects[0])} at the {position(objects[0])}",)
+        return f"a {name(objects[0])} at the {position(objects[0])}"
     if len(objects) == 2:
         first, second = objects
-        here, back = relations(first, second)[0], relations(second, first)[0]
-        return (f"a {name(first)} {here} a {name(second)}", f"a {name(second)} {back} a {name(first)}")
+        where = relations(first, second)
+        across = [there for there in where if there not in UPRIGHT]
+        return f"a {name(first)} {(across or where)[0]} a {name(second)}"
     named = [f"a {name(o)}" for o in objects]
-    return (", ".join(named[:-1]) + " and " + named[-1],)
+    return ", ".join(named[:-1]) + " and " + named[-1]
 
 
 def facts(scene: Scene) -> str:
     """Everything a picture shows in telegram style: background, then each object from left to right.
 
-    Places are squares of a chessboard, column letter and row number: "plain small red circle a3 large blue star d1".
+    Such as "plain small red circle 13 large blue star 41"; places are squares of a board.
     """
-    told = [f"{name(o)} {'abcdefgh'[min(7, int(o.x * 8))]}{1 + min(7, int(o.y * 8))}" for o in scene.objects]
-    return " ".join(["cluttered" if scene.cluttered else "plain", *told])
+    return " ".join(["cluttered" if scene.cluttered else "plain", *(f"{name(o)} {square(o)}" for o in scene.objects)])
+
+
+def square(shape: Shape) -> str:
+    """Where the centre lies on a board of 8 x 8: column and row, "11" at the top left to "88".
+
+    One token: what is looked up about an object then holds both, and heights can be compared like columns.
+    """
+    return f"{1 + min(7, int(shape.x * 8))}{1 + min(7, int(shape.y * 8))}"
 
 
 Note = tuple[str, str]
 """(what is given, what the facts decide)."""
+Passage = tuple[Note, ...]
+"""Notes that follow each other."""
 
 
-def notes(scene: Scene, rng: np.random.Generator, palette: Palette) -> dict[str, list[Note]]:
+def notes(scene: Scene, rng: np.random.Generator, palette: Palette) -> dict[str, list[Passage]]:
     """What the facts say about attributes, places and numbers, in few words; kinds without a note are left out."""
-    pages = {"attributes": _attributes(scene), "places": _places(scene), "numbers": _numbers(scene, rng, palette)}
+    pages: dict[str, list[Passage]] = {
+        "attributes": [(note,) for note in _attributes(scene)],
+        "measured places": _measured(scene),
+        "places": [(note,) for of_pair in _places(scene).values() for note in of_pair],
+        "numbers": [(note,) for note in _numbers(scene, rng, palette)],
+    }
     return {kind: page for kind, page in pages.items() if page}
 
 
@@ -82,15 +98,36 @@ def _attributes(scene: Scene) -> list[Note]:
     return [(f"the {of}", f" {is_}" + (f" {o.size}" if pairs[o.colour, o.shape] == 1 else "")) for of, is_, o in said]
 
 
-def _places(scene: Scene) -> list[Note]:
-    """Such as ("blue star red circle height:", " above"), for each axis along which it is clear."""
+def _measured(scene: Scene) -> list[Passage]:
+    """Such as ("blue star", " 41"), ("red circle", " 13"), ("across:", " right"), ("height:", " above"): step by step.
+
+    Looking up and comparing are learned in a few hundred steps from these, and not in thousands from `_places`.
+    """
+    squares = {f"{o.colour} {o.shape}": f" {square(o)}" for o in scene.objects}
+    return [
+        ((first, squares[first]), (second, squares[second]), *((f"{axis}:", where) for axis, where in said.items()))
+        for (first, second), said in _directions(scene).items()
+    ]
+
+
+def _places(scene: Scene) -> dict[tuple[str, str], list[Note]]:
+    """Such as ("blue star red circle height:", " above"), by pair of objects."""
+    return {
+        pair: [(f"{' '.join(pair)} {axis}:", where) for axis, where in said.items()]
+        for pair, said in _directions(scene).items()
+    }
+
+
+def _directions(scene: Scene) -> dict[tuple[str, str], dict[str, str]]:
+    """Colour and shape of two objects, where it is clear which are meant → axis → " left", where that is clear."""
     pairs = [f"{o.colour} {o.shape}" for o in scene.objects]
-    said = []
-    for i, j in permutations(_unique(pairs), 2):
-        for where in relations(scene.objects[i], scene.objects[j]):
-            axis = "height" if where in ("above", "below") else "across"
-            said.append((f"{pairs[i]} {pairs[j]} {axis}:", f" {where.removeprefix('to the ').split()[0]}"))
-    return said
+    return {
+        (pairs[i], pairs[j]): {
+            "height" if where in UPRIGHT else "across": f" {where.removeprefix('to the ').removesuffix(' of')}"
+            for where in relations(scene.objects[i], scene.objects[j])
+        }
+        for i, j in permutations(_unique(pairs), 2)
+    }
 
 
 def _numbers(scene: Scene, rng: np.random.Generator, palette: Palette) -> list[Note]:

@@ -12,7 +12,7 @@ from runtime.files import atomic_folder
 from runtime.progress import Progress
 from trainer.config import DemoWorldConfig
 from trainer.demo_world.draw import draw
-from trainer.demo_world.language import QuestionWriter, caption_is_true, captions
+from trainer.demo_world.language import QuestionWriter, caption, caption_is_true
 from trainer.demo_world.scene import DEMO, Split, random_scenes, scene_from_json
 
 
@@ -34,7 +34,7 @@ def write_demo_world(config: DemoWorldConfig, out: Path, progress: Progress) -> 
                     name = f"images/{image_id}.png"
                     draw(scene, config.image_size, rng)[0].save(folder / name, compress_level=1)
                     row = {"image": name, "image_id": image_id}
-                    described.append(row | {"captions": captions(scene), "scene": scene.as_json()})
+                    described.append(row | {"captions": [caption(scene)], "scene": scene.as_json()})
                     asked += [
                         row | {"question": q.text, "answers": [q.answer], "kind": q.kind}
                         for q in writer.ask(scene, config.questions_per_scene)
