@@ -10,14 +10,15 @@ from typing import Any, TypeAlias
 
 from benchmarks.caption_metrics import corpus_scores
 from benchmarks.contestants import EAGER, Capped, Contestant
-from benchmarks.estimates import mean_difference, mean_score
-from benchmarks.items import PLURAL, Scored, Task, Tasks, item_scorers
+from benchmarks.items import PLURAL, Scored, Task, Tasks
 from benchmarks.swap import with_swapped_images
 from runtime.answers import Answer, Answerer
 from runtime.dataset import Row
+from runtime.estimates import mean_difference, mean_score
 from runtime.evaluate import evaluate
 from runtime.progress import Progress
 from runtime.scoring import question_prior
+from trainer.scorers import item_scorers
 
 ScoredByName: TypeAlias = Mapping[Task, Mapping[str, Scored]]
 

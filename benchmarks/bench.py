@@ -18,7 +18,6 @@ from typing import Any
 from benchmarks.accuracy import answer_tasks, compare_answers, swap_images
 from benchmarks.config import BenchConfig
 from benchmarks.contestants import Contestant, common_token_limit, contestants_of, torch_threads
-from benchmarks.estimates import percentile
 from benchmarks.fresh_process import run_fresh
 from benchmarks.gate import check
 from benchmarks.items import Task, Tasks, answer_lines, fitting
@@ -29,9 +28,11 @@ from benchmarks.report import render
 from benchmarks.results import json_lines, json_text
 from benchmarks.sizes import rows_digest
 from benchmarks.swap import image_hashes
+from runtime.backends import Device
 from runtime.backends.cores import physical_cores
 from runtime.dataset import Row
 from runtime.errors import CheckFailed, DataError
+from runtime.estimates import percentile
 from runtime.files import atomic_folder
 from runtime.progress import Progress
 
@@ -73,12 +74,13 @@ def bench(
         machine = describe_machine()  # first, so that the load seen is not our own
         started_s, used_s = time.monotonic(), cpu_seconds()
         threads = physical_cores() if config.threads is None else config.threads
+        device = Device(provider=config.provider, threads=threads)
         tasks = _tasks(caption_rows, vqa_rows, config)
         hashes = image_hashes([row for rows in tasks.values() for row in rows])
         with torch_threads(threads):
-            contestants = contestants_of(bundles, checkpoint, threads)
+            contestants = contestants_of(bundles, checkpoint, device)
             limit = common_token_limit(contestants, config)
-            fresh = start_fresh(contestants, tasks, config, threads, limit, progress)
+            fresh = start_fresh(contestants, tasks, config, device, limit, progress)
             timed = time_tasks(contestants, tasks, config, limit, progress)
             answered = partial(
                 answer_tasks, contestants, batch_size=config.scoring_batch, max_new_tokens=limit, progress=progress
@@ -124,7 +126,7 @@ def start_fresh(
     contestants: Sequence[Contestant],
     tasks: Tasks,
     config: BenchConfig,
-    threads: int,
+    device: Device,
     max_new_tokens: int,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -135,7 +137,7 @@ def start_fresh(
     with progress.bar("cold start and memory", config.fresh_starts * len(contestants)) as bar:
         for _ in range(config.fresh_starts):
             for one in contestants:
-                found = run_fresh(one.kind, one.path, requests, threads=threads, max_new_tokens=max_new_tokens)
+                found = run_fresh(one.kind, one.path, requests, device=device, max_new_tokens=max_new_tokens)
                 starts[one.name].append(found)
                 bar.advance()
     return {

@@ -2,6 +2,7 @@
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from runtime.provider import Provider
 from runtime.settings import Settings
 
 
@@ -14,6 +15,8 @@ class BenchConfig(Settings):
     """Requests answered together while scoring."""
     threads: PositiveInt | None = None
     """CPU threads of PyTorch and of every engine alike; null takes the physical cores this process may use."""
+    provider: Provider = "cpu"
+    """What computes the bundles' graphs (cpu, cuda, tensorrt, openvino); eager PyTorch stays on the CPU."""
     batch_sizes: tuple[PositiveInt, ...] = (1, 8)
     """Requests per call whose latency is measured."""
     latency_calls: PositiveInt = 40

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from benchmarks.config import BenchConfig
 from benchmarks.sizes import bundle_facts, checkpoint_facts
 from runtime import load
 from runtime.answers import Answer, Answerer, Request
+from runtime.backends import Device
 from runtime.bundle import Bundle, read_bundle
 from runtime.errors import InputError
 from trainer.checkpoint import load_checkpoint
@@ -35,7 +37,7 @@ class Contestant:
     """Open it with the query cache (True) or without; eager PyTorch has none either way."""
 
 
-def contestants_of(bundles: Sequence[Path], checkpoint: Path, threads: int) -> list[Contestant]:
+def contestants_of(bundles: Sequence[Path], checkpoint: Path, device: Device) -> list[Contestant]:
     """Eager first, then the bundles in their order.
 
     Raises:
@@ -48,12 +50,13 @@ def contestants_of(bundles: Sequence[Path], checkpoint: Path, threads: int) -> l
     model = load_checkpoint(checkpoint)
     pipeline = EagerPipeline(model)
     eager = Contestant(EAGER, "eager", checkpoint, checkpoint_facts(checkpoint, model), lambda _: nullcontext(pipeline))
-    return [eager, *(_of_bundle(one, name, threads) for one, name in zip(read, _names(bundles), strict=True))]
+    return [eager, *(_of_bundle(one, name, device) for one, name in zip(read, _names(bundles), strict=True))]
 
 
-def _of_bundle(bundle: Bundle, name: str, threads: int) -> Contestant:
+def _of_bundle(bundle: Bundle, name: str, device: Device) -> Contestant:
     def opened(cached: bool) -> AbstractContextManager[Answerer]:
-        return load(bundle.path, threads=threads) if cached else load(bundle.path, threads=threads, cache_bytes=0)
+        open_it = partial(load, bundle.path, device.backend, device.threads, provider=device.provider)
+        return open_it() if cached else open_it(cache_bytes=0)
 
     return Contestant(name, "bundle", bundle.path, bundle_facts(bundle), opened)
 

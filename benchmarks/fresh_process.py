@@ -13,10 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from runtime.answers import Answerer, Request
+from runtime.backends import Device
 from runtime.errors import QforgeError
 
 STATUS = Path("/proc/self/status")
@@ -28,7 +30,7 @@ class FreshProcessFailed(QforgeError):
 
 
 def run_fresh(
-    kind: Literal["eager", "bundle"], path: Path, requests: Sequence[Request], *, threads: int, max_new_tokens: int
+    kind: Literal["eager", "bundle"], path: Path, requests: Sequence[Request], *, device: Device, max_new_tokens: int
 ) -> dict[str, float]:
     """Start a process, open the pipeline there and answer the requests one by one.
 
@@ -40,7 +42,8 @@ def run_fresh(
         FreshProcessFailed: the process died or said no result; its last words are in the message.
     """
     asked = [{"image": str(request.image), "question": request.question} for request in requests]
-    order = {"kind": kind, "path": str(path), "requests": asked, "threads": threads, "max_new_tokens": max_new_tokens}
+    order: dict[str, Any] = {"kind": kind, "path": str(path), "requests": asked, "max_new_tokens": max_new_tokens}
+    order["device"] = asdict(device)
     root = str(Path(__file__).resolve().parent.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     order["started_s"] = time.perf_counter()  # Linux's monotonic clock, the same in every process
@@ -82,17 +85,18 @@ def _import_libraries(kind: str) -> None:
         import runtime.pipeline  # noqa: F401
 
 
-def _open(kind: str, path: Path, threads: int) -> Answerer:
+def _open(kind: str, path: Path, device: Device) -> Answerer:
     if kind == "bundle":
         from runtime import load
 
-        return load(path, threads=threads)
+        return load(path, device.backend, device.threads, provider=device.provider)
     import torch
 
     from trainer.checkpoint import load_checkpoint
     from trainer.generate import EagerPipeline
 
-    torch.set_num_threads(threads)
+    if device.threads is not None:
+        torch.set_num_threads(device.threads)
     return EagerPipeline(load_checkpoint(path))
 
 
@@ -101,7 +105,7 @@ def _measure(order: dict[str, Any], ready_s: float) -> dict[str, float]:
     _import_libraries(order["kind"])
     marks_s["imported_ms"] = time.perf_counter()
     memory = {"imported_bytes": resident_bytes()}
-    pipeline = _open(order["kind"], Path(order["path"]), order["threads"])
+    pipeline = _open(order["kind"], Path(order["path"]), Device(**order["device"]))
     marks_s["loaded_ms"] = time.perf_counter()
     memory["loaded_bytes"] = resident_bytes()
     for number, asked in enumerate(order["requests"]):

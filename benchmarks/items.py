@@ -6,9 +6,6 @@ from typing import Any, Literal, TypeAlias
 
 from runtime.answers import Answer
 from runtime.dataset import Row
-from runtime.evaluate import Scorer
-from runtime.scoring import caption_exact, vqa_score
-from trainer.demo_world import scorers_for
 
 Task: TypeAlias = Literal["caption", "vqa"]
 Tasks: TypeAlias = Mapping[Task, Sequence[Row]]
@@ -26,13 +23,6 @@ class Scored:
     """In the order of the rows."""
     scores: Mapping[str, tuple[float, ...]]
     """Metric → one score per item (0 to 1); the first metric is the task's headline."""
-
-
-def item_scorers(task: Task, rows: Sequence[Row]) -> dict[str, Scorer]:
-    """Metric → scorer of one item, the headline first: what the rows know best, else what every row allows."""
-    if task == "vqa":
-        return {"accuracy": lambda text, row: vqa_score(text, row.answers)}
-    return {**scorers_for(rows), "exact_match": lambda text, row: float(caption_exact(text, row.captions))}
 
 
 def fitting(task: Task, rows: Sequence[Row], items: int | None) -> list[Row]:

@@ -21,10 +21,10 @@ from typing import Any
 
 from benchmarks.config import BenchConfig
 from benchmarks.contestants import EAGER, Contestant
-from benchmarks.estimates import percentile, ratio_of_medians
 from benchmarks.items import PLURAL, Task, Tasks, spread
 from runtime.answers import Answer, Answerer, Request
 from runtime.dataset import Row
+from runtime.estimates import percentile, ratio_of_medians
 from runtime.pipeline import Pipeline
 from runtime.progress import Bar, Progress
 from runtime.stopwatch import PHASES

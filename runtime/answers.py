@@ -23,6 +23,8 @@ class Request:
     """None asks for a caption."""
     prompt: str | None = None
     """Replaces the model's own prompt; with a question it holds one `{}` where the question goes."""
+    image_size: int | None = None
+    """Side (pixels) that the image is read at, one that the bundle was exported for; None: the trained one."""
 
     @property
     def image_name(self) -> str | None:

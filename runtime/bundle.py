@@ -35,7 +35,12 @@ from runtime.preprocess import PreprocessSettings
 
 MANIFEST = "manifest.json"
 ENGINES = "engines"
-"""Folder of plans built on a device after export; the only files a manifest does not list."""
+"""Folder of plans built on a device after export; a manifest does not list them."""
+LATENCY = "latency.json"
+"""What the exporting machine measured."""
+UNLISTED = ("README.md", LATENCY)
+"""Words and measurements for people, which no reader of the bundle relies on: not listed, so that two exports of one
+checkpoint have one digest, and that a card may be annotated."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def read_bundle(path: Path | str, check_hashes: bool = True) -> Bundle:
                 f"{file}: the file was changed: expected SHA-256 {expected}, found {found}; copy or export it again"
             )
     for relative in _files_under(path):
-        if relative not in listed and not relative.startswith(f"{ENGINES}/"):
+        if relative not in {*listed, *UNLISTED} and not relative.startswith(f"{ENGINES}/"):
             raise BundleError(f"{path / relative}: expected only files that {MANIFEST} lists, found this; remove it")
     return Bundle(path, manifest)
 
@@ -98,12 +103,23 @@ class GraphFiles:
     """By name, in the graph's order."""
     data: str | None
     """External weights, path inside the bundle; None when they are in the graph file."""
+    made_from: str | None = None
+    """See `GraphEntry`."""
+    on_cpu: bool = True
+    """Whether ONNX Runtime's CPU can compute it."""
 
     def entry(self, folder: Path) -> GraphEntry:
         """With hash and size of the files under `folder`."""
         graph = _measured(folder, self.file)
         data = None if self.data is None else _measured(folder, self.data)
-        return GraphEntry(**graph.model_dump(), data=data, inputs=self.inputs, outputs=self.outputs)
+        return GraphEntry(
+            **graph.model_dump(),
+            data=data,
+            inputs=self.inputs,
+            outputs=self.outputs,
+            made_from=self.made_from,
+            on_cpu=self.on_cpu,
+        )
 
 
 def write_manifest(
@@ -135,7 +151,11 @@ def write_manifest(
         prompts=prompts,
         generation=generation,
         graphs=entries,
-        files={name: sha256_of(folder / name) for name in _files_under(folder) if name not in {MANIFEST, *of_graphs}},
+        files={
+            name: sha256_of(folder / name)
+            for name in _files_under(folder)
+            if name not in {MANIFEST, *UNLISTED, *of_graphs}
+        },
         made_by=dict(made_by),
     )
     record = unsigned.model_dump(mode="json")

@@ -21,13 +21,15 @@ from runtime.stopwatch import Stopwatch
 class Decoder:
     """Runs the graphs `embed` and `language` until every row has ended; satisfies `runtime.greedy.TextDecoder`."""
 
-    def __init__(self, embed: Engine, language: Engine, generation: Generation, limits: Limits) -> None:
-        """The engines stay the caller's to close."""
+    def __init__(
+        self, embed: Engine, language: Engine, generation: Generation, limits: Limits, cache_type: str = "float32"
+    ) -> None:
+        """The engines stay the caller's to close; `cache_type` is numpy's name of what the cache is kept in."""
         self._embed = embed
         self._language = language
         self._generation = generation
         self._limits = limits
-        self._cache_shapes = cache_shapes(language)
+        self._cache_shapes, self._cache_type = cache_shapes(language), cache_type
 
     def generate(
         self, prefix_BQD: Floats, prompts: Sequence[Sequence[int]], max_new_tokens: int, watch: Stopwatch
@@ -38,7 +40,7 @@ class Decoder:
         with watch.phase("prefill"):
             embeds_BSD, mask_BS = self._left_padded(prefix_BQD, prompts)
             feeds: Arrays = {"inputs_embeds": embeds_BSD, "attention_mask": mask_BS}
-            logits_BV, past = advance(self._language, feeds, empty_cache(self._cache_shapes, batch))
+            logits_BV, past = advance(self._language, feeds, empty_cache(self._cache_shapes, batch, self._cache_type))
             ids_B = choose_greedy(logits_BV, "language")
 
         def following(ids_B1: Ids) -> Ids:
@@ -97,6 +99,6 @@ def cache_shapes(graph: Engine) -> dict[str, tuple[int, int]]:
     return {name: (int(heads), int(head_width)) for name, (_, heads, _, head_width) in shapes.items()}
 
 
-def empty_cache(shapes: Mapping[str, tuple[int, int]], batch: int) -> Arrays:
+def empty_cache(shapes: Mapping[str, tuple[int, int]], batch: int, dtype: str) -> Arrays:
     """A cache without positions."""
-    return {name: np.zeros((batch, heads, 0, head_width), np.float32) for name, (heads, head_width) in shapes.items()}
+    return {name: np.zeros((batch, heads, 0, head_width), dtype) for name, (heads, head_width) in shapes.items()}

@@ -22,8 +22,19 @@ from runtime.stopwatch import Stopwatch
 class EncoderDecoder:
     """Runs the graphs `embed`, `encoder` and `decoder`; satisfies `runtime.greedy.TextDecoder`."""
 
-    def __init__(self, embed: Engine, encoder: Engine, decoder: Engine, generation: Generation, limits: Limits) -> None:
-        """The engines stay the caller's to close; BundleError when the manifest names no first token."""
+    def __init__(
+        self,
+        embed: Engine,
+        encoder: Engine,
+        decoder: Engine,
+        generation: Generation,
+        limits: Limits,
+        cache_type: str = "float32",
+    ) -> None:
+        """The engines stay the caller's to close; BundleError when the manifest names no first token.
+
+        `cache_type` is numpy's name of what the decoder's own cache is kept in.
+        """
         if generation.start_token_id is None:
             raise BundleError(
                 "manifest.json: generation.start_token_id: expected the token an encoder-decoder begins with, found "
@@ -35,7 +46,7 @@ class EncoderDecoder:
         self._start_token_id = generation.start_token_id
         self._generation = generation
         self._limits = limits
-        self._cache_shapes = cache_shapes(decoder)
+        self._cache_shapes, self._cache_type = cache_shapes(decoder), cache_type
 
     def generate(
         self, prefix_BQD: Floats, prompts: Sequence[Sequence[int]], max_new_tokens: int, watch: Stopwatch
@@ -49,7 +60,7 @@ class EncoderDecoder:
             seen = {"attention_mask": mask_BS} | {name: read[name] for name in read if name.startswith("cross_")}
             start_B1 = np.full((batch, 1), self._start_token_id, np.int64)
             feeds: Arrays = {"inputs_embeds": embedded(self._embed, start_B1), **seen}
-            logits_BV, past = advance(self._decoder, feeds, empty_cache(self._cache_shapes, batch))
+            logits_BV, past = advance(self._decoder, feeds, empty_cache(self._cache_shapes, batch, self._cache_type))
             ids_B = choose_greedy(logits_BV, "decoder")
 
         def following(ids_B1: Ids) -> Ids:

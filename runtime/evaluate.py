@@ -38,12 +38,14 @@ def evaluate(
     *,
     task: Literal["caption", "vqa"],
     batch_size: int,
+    image_size: int | None = None,
     scorers: Mapping[str, Scorer] = MappingProxyType({}),
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Caption the rows that have captions, or answer those with an answered question; other rows are passed over.
 
-    `scorers` adds named metrics; `progress` is told (items done, items in all) after every batch.
+    `image_size` is the side (pixels) that images are read at, None the trained one; `scorers` adds named metrics;
+    `progress` is told (items done, items in all) after every batch.
 
     Raises:
         InputError: the batch size is below 1.
@@ -59,7 +61,7 @@ def evaluate(
     answers: list[Answer] = []
     for start in range(0, len(items), batch_size):
         batch = items[start : start + batch_size]
-        answers += answerer.answer([_request(row, task) for row in batch])
+        answers += answerer.answer([_request(row, task, image_size) for row in batch])
         if progress is not None:
             progress(len(answers), len(items))
     own: Mapping[str, Scorer] = {"exact_match": _exact_match} if task == "caption" else {"accuracy": _accuracy}
@@ -67,11 +69,12 @@ def evaluate(
         name: sum(score(answer.text, row) for answer, row in zip(answers, items, strict=True)) / len(items)
         for name, score in {**own, **scorers}.items()
     }
-    return Evaluation(metrics, len(items), {"task": task, "batch_size": batch_size}, tuple(answers))
+    settings = {"task": task, "batch_size": batch_size} | ({"image_size": image_size} if image_size else {})
+    return Evaluation(metrics, len(items), settings, tuple(answers))
 
 
-def _request(row: Row, task: Literal["caption", "vqa"]) -> Request:
-    return Request(row.image, question=row.question if task == "vqa" else None)
+def _request(row: Row, task: Literal["caption", "vqa"], image_size: int | None) -> Request:
+    return Request(row.image, row.question if task == "vqa" else None, image_size=image_size)
 
 
 def _has_captions(row: Row) -> bool:

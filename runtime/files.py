@@ -65,13 +65,26 @@ def atomic_folder(final: Path | str, *, replaces: str | None = None) -> Iterator
         _replace_folder(work, final)
 
 
+@contextmanager
+def scratch_folder(beside: Path | str) -> Iterator[Path]:
+    """Yield an empty hidden folder on the disk of `beside`, gone when the block ends; OutOfSpace when that is full."""
+    with _workspace(Path(beside).absolute()) as work:
+        work.mkdir()
+        yield work
+
+
 def write_text_atomic(path: Path | str, text: str) -> None:
     """Write a UTF-8 text file whole or not at all; OutOfSpace when the disk is full."""
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def write_bytes_atomic(path: Path | str, content: bytes) -> None:
+    """Write a file whole or not at all; OutOfSpace when the disk is full."""
     final = Path(path).absolute()
     if final.is_dir():
         raise InputError(f"{final}: expected a file or nothing, found a folder; choose another name")
     with _workspace(final) as work:
-        work.write_text(text, encoding="utf-8", newline="\n")
+        work.write_bytes(content)
         _flush_to_disk(work)
         work.replace(final)
         _flush_to_disk(final.parent)

@@ -4,11 +4,14 @@ Two things are worth remembering. The prefix of an image (and of its question, w
 queries) spares both graphs. The vision features of an image spare the larger one when a new question is asked; they
 are kept only in bundles whose Q-Former reads the question, because elsewhere the prefix says it all.
 
+A bundle may hold a third graph, `fused`: vision and Q-Former in one, for what is asked without a question. It gives the
+vision features too where a question may follow, so that the cache holds the same either way.
+
 Shape letters: B images, C colour channels, H height, W width, N image patches, E vision width, Q queries,
 D language width, T question tokens
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,15 +24,25 @@ from runtime.stopwatch import Stopwatch
 
 Floats = npt.NDArray[np.float32]
 Rows = Sequence[int]
+FUSED = "fused"
+"""The graph that makes a caption's prefix from pixels; bundles hold it when they were exported with `export.fused`."""
 
 
 class ImageEncoder:
     """Chains the graphs `vision` and `qformer`; each distinct image of a batch is encoded once."""
 
-    def __init__(self, vision: Engine, qformer: Engine, cache: QueryCache, manifest: Manifest) -> None:
-        """The engines stay the caller's to close."""
+    def __init__(
+        self,
+        vision: Engine | None,
+        qformer: Engine | None,
+        cache: QueryCache,
+        manifest: Manifest,
+        fused: Engine | None = None,
+    ) -> None:
+        """The engines stay the caller's to close; `vision` and `qformer` are None where `fused` does all the work."""
         self._vision = vision
         self._qformer = qformer
+        self._fused = fused
         self._cache = cache
         self._question_conditioned = manifest.model.question_conditioned
         self._identity = {"bundle": manifest.digest, "preprocess": manifest.preprocess.model_dump_json()}
@@ -44,16 +57,46 @@ class ImageEncoder:
             image_keys = [self._key("image_embeds", pixels, None) for pixels in pixels_BCHW]
             prefix_keys = [self._key("prefix", pixels, ids) for pixels, ids in zip(pixels_BCHW, questions, strict=True)]
 
-        def prefixes_of(rows: Rows) -> Floats:
-            with watch.phase("vision"):
-                embeds_BNE = self._image_embeds(pixels_BCHW[list(rows)], [image_keys[row] for row in rows])
-            with watch.phase("qformer"):
-                return self._prefix(embeds_BNE, [questions[row] for row in rows])
+        def prefixes_of(rows: Rows) -> list[Floats]:
+            captions = self._fusible(rows, image_keys, questions)
+            found: dict[int, Floats] = {}
+            if captions:
+                with watch.phase("vision"):  # the Q-Former too: nobody can tell them apart there
+                    prefix_BQD = self._fused_prefix(pixels_BCHW[captions], [image_keys[row] for row in captions])
+                found |= dict(zip(captions, prefix_BQD, strict=True))
+            others = [row for row in rows if row not in found]
+            if others:
+                with watch.phase("vision"):
+                    embeds_BNE = self._image_embeds(pixels_BCHW[others], [image_keys[row] for row in others])
+                with watch.phase("qformer"):
+                    prefix_BQD = self._prefix(embeds_BNE, [questions[row] for row in others])
+                found |= dict(zip(others, prefix_BQD, strict=True))
+            return [found[row] for row in rows]
 
         return np.stack(self._remembered(prefix_keys, prefixes_of))
 
+    def _fusible(self, rows: Rows, image_keys: Sequence[str], questions: Sequence[Sequence[int] | None]) -> list[int]:
+        """Rows without a question whose vision features are neither remembered nor needed by another row."""
+        if self._fused is None:
+            return []
+        asked = {image_keys[row] for row in rows if questions[row] is not None}
+        return [
+            row
+            for row in rows
+            if questions[row] is None and image_keys[row] not in asked and image_keys[row] not in self._cache
+        ]
+
+    def _fused_prefix(self, pixels_BCHW: Floats, keys: Sequence[str]) -> Floats:
+        assert self._fused is not None
+        outputs = self._fused.run({"pixels": pixels_BCHW})
+        for key, embeds_NE in zip(keys, outputs.get("image_embeds", ()), strict=False):
+            self._cache.put(key, embeds_NE)
+        prefix_BQD: Floats = outputs["prefix"]
+        return prefix_BQD
+
     def _image_embeds(self, pixels_BCHW: Floats, keys: Sequence[str]) -> Floats:
         def features_of(rows: Rows) -> Floats:
+            assert self._vision is not None
             embeds_BNE: Floats = self._vision.run({"pixels": pixels_BCHW[list(rows)]})["image_embeds"]
             return embeds_BNE
 
@@ -65,10 +108,11 @@ class ImageEncoder:
         feeds: dict[str, npt.NDArray[Any]] = {"image_embeds": embeds_BNE}
         if self._question_conditioned:
             feeds["question_ids"], feeds["question_mask"] = pad_questions(questions)
+        assert self._qformer is not None
         prefix_BQD: Floats = self._qformer.run(feeds)["prefix"]
         return prefix_BQD
 
-    def _remembered(self, keys: Sequence[str], compute: Callable[[Rows], Floats]) -> list[Floats]:
+    def _remembered(self, keys: Sequence[str], compute: Callable[[Rows], Iterable[Floats]]) -> list[Floats]:
         """One array per key: from the cache, or computed for the first row of each distinct key that is not there."""
         known: dict[str, Floats] = {}
         missing: dict[str, int] = {}
@@ -89,6 +133,14 @@ class ImageEncoder:
     def _key(self, stored: str, pixels_CHW: Floats, question: Sequence[int] | None) -> str:
         asked = {} if question is None else {"question_ids": question}
         return cache_key({"stored": stored, **self._identity, "pixels": pixels_CHW, **asked})
+
+
+def open_encoder(manifest: Manifest, engine: Callable[[str], Engine], cache: QueryCache) -> ImageEncoder:
+    """The encoder of a bundle; `engine` gives the engine of a named graph, and is asked for no more than are needed."""
+    fused = engine(FUSED) if FUSED in manifest.graphs else None
+    if fused is not None and not manifest.model.question_conditioned:
+        return ImageEncoder(None, None, cache, manifest, fused)  # one prefix per image, and this graph makes it
+    return ImageEncoder(engine("vision"), engine("qformer"), cache, manifest, fused)
 
 
 def pad_questions(questions: Sequence[Sequence[int] | None]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -48,6 +48,10 @@ class GraphEntry(FileEntry):
     """By name, in the graph's order."""
     outputs: dict[str, TensorSpec]
     """By name, in the graph's order."""
+    made_from: str | None = None
+    """SHA-256 of what this graph was made from; an export copies a graph whose hash is unchanged (`export.reuse`)."""
+    on_cpu: bool = True
+    """Whether ONNX Runtime's CPU can compute it; BF16 it cannot."""
 
 
 class ModelFacts(Settings):
@@ -81,6 +85,8 @@ class Limits(Settings):
     """Tokens a request may ask for; 0 where there is no language model."""
     max_text_tokens: NonNegativeInt = 0
     """Tokens of a text that the retrieval graphs read; 0 where there are none (bundles written before they existed)."""
+    image_sizes: tuple[PositiveInt, ...] = ()
+    """Sides (pixels) of square images that a request may ask for beside `preprocess`."""
 
 
 class Prompts(Settings):
@@ -130,7 +136,7 @@ class Manifest(Settings):
     """Defaults."""
     graphs: dict[str, GraphEntry]
     """By name: vision; to answer: qformer, embed, then language, or encoder and decoder; to search: itc_image,
-    itc_text, itm."""
+    itc_text, itm; for captions alone, if exported: fused."""
     files: dict[str, str]
     """Path inside the bundle → SHA-256 of every other file."""
     made_by: dict[str, str]

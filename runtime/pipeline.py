@@ -15,11 +15,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from runtime.answers import Answer, Request
-from runtime.backends import Engine, open_engine
+from runtime.backends import CPU, Engine, Opener
 from runtime.bundle import Bundle
 from runtime.closing import Closing
 from runtime.errors import InputError
-from runtime.image_encoder import ImageEncoder
+from runtime.image_encoder import open_encoder
 from runtime.preprocess import ImageSource, preprocess_batch
 from runtime.query_cache import QueryCache
 from runtime.speaker import open_decoder
@@ -37,8 +37,8 @@ QFORMER_TOKENIZER = "qformer_tokenizer.json"
 class Pipeline(Closing):
     """A bundle that is open and ready; satisfies `runtime.answers.Answerer`. Safe to share between threads."""
 
-    def __init__(self, bundle: Bundle, *, backend: str, threads: int | None, cache_bytes: int) -> None:
-        """Open every graph it answers with; the arguments and errors are those of `runtime.load`."""
+    def __init__(self, bundle: Bundle, *, device: Opener = CPU, cache_bytes: int) -> None:
+        """Open every graph it answers with on `device`; `cache_bytes` and the errors are those of `runtime.load`."""
         if bundle.manifest.model.style == "none":
             raise InputError(
                 f"{bundle.path}: this bundle searches and cannot answer: it was exported without a language model; "
@@ -55,9 +55,9 @@ class Pipeline(Closing):
         with ExitStack() as opened:
 
             def engine(name: str) -> Engine:
-                return opened.enter_context(open_engine(bundle, name, backend, threads))
+                return opened.enter_context(device.open(bundle, name))
 
-            self._encoder = ImageEncoder(engine("vision"), engine("qformer"), self.cache, manifest)
+            self._encoder = open_encoder(manifest, engine, self.cache)
             self._decoder = open_decoder(manifest, engine)
             self._engines = opened.pop_all()
 
@@ -77,17 +77,20 @@ class Pipeline(Closing):
         new_tokens = manifest.generation.max_new_tokens if max_new_tokens is None else max_new_tokens
         prompts = [self._prompt_ids(request) for request in requests]
         questions = [self._question_ids(request) for request in requests]
-        generated: list[tuple[int, ...]] = []
-        for start in range(0, len(requests), manifest.limits.max_batch):
-            batch = slice(start, start + manifest.limits.max_batch)
+        generated: dict[int, tuple[int, ...]] = {}
+        sides = [self._side(request) for request in requests]
+        for rows in one_size_batches(sides, manifest.limits.max_batch):
             with watch.phase("preprocess"):
-                pixels_BCHW = preprocess_batch([request.image for request in requests[batch]], manifest.preprocess)
-            generated += self.generate(pixels_BCHW, questions[batch], prompts[batch], new_tokens, watch)
-        texts = [self._tokenizer.decode(ids) for ids in generated]
+                images = [requests[row].image for row in rows]
+                pixels_BCHW = preprocess_batch(images, manifest.preprocess.at(sides[rows[0]]))
+            asked, told = [questions[row] for row in rows], [prompts[row] for row in rows]
+            said = self.generate(pixels_BCHW, asked, told, new_tokens, watch)
+            generated |= dict(zip(rows, said, strict=True))
+        texts = [self._tokenizer.decode(generated[row]) for row in range(len(requests))]
         timings_ms = watch.timings_ms()
         return [
-            Answer(request.image_name, request.question, text, ids, timings_ms)
-            for request, text, ids in zip(requests, texts, generated, strict=True)
+            Answer(request.image_name, request.question, texts[row], generated[row], timings_ms)
+            for row, request in enumerate(requests)
         ]
 
     def caption(self, images: ImageSource | Sequence[ImageSource], prompt: str | None = None) -> list[Answer]:
@@ -116,6 +119,19 @@ class Pipeline(Closing):
         """Free the graphs."""
         self._engines.close()
 
+    def _side(self, request: Request) -> int | None:
+        """The side that a request asks for; None for the trained one."""
+        trained, others = self.bundle.manifest.preprocess.height, self.bundle.manifest.limits.image_sizes
+        if request.image_size in (None, trained):
+            return None
+        if request.image_size not in others:
+            sizes = " or ".join(map(str, (trained, *others)))
+            raise InputError(
+                f"image_size: expected {sizes} (what this bundle was exported for), "
+                f"found {request.image_size}; export one: qforge export --set export.image_sizes=[{request.image_size}]"
+            )
+        return request.image_size
+
     def _prompt_ids(self, request: Request) -> list[int]:
         return self._tokenizer.encode(self._prompt(request))
 
@@ -136,3 +152,12 @@ class Pipeline(Closing):
         if text is None:
             return None
         return cut(self._qformer_tokenizer.encode(text), self.bundle.manifest.limits.max_question_tokens)
+
+
+def one_size_batches(sides: Sequence[int | None], largest: int) -> list[list[int]]:
+    """Row numbers in batches of one image size each, in the order in which the sizes appear."""
+    batches = list[list[int]]()
+    for side in dict.fromkeys(sides):
+        rows = [row for row, its in enumerate(sides) if its == side]
+        batches += [rows[start : start + largest] for start in range(0, len(rows), largest)]
+    return batches

@@ -9,3 +9,10 @@ LanguagePrecision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Target = Literal["onnxruntime", "tensorrt"]
 """Who runs the graphs: ONNX Runtime as they are, or a TensorRT engine that is built from them; the two differ in how
 quantised weights are written, and in the type of what is not quantised (fp32 or fp16)."""
+NOT_ON_CPU = ("bf16",)
+"""What ONNX Runtime's CPU cannot compute in; such graphs are verified by an exact emulation and run on a GPU."""
+CALIBRATED: tuple[Precision, ...] = ("int8", "fp8")
+"""Whose activations are quantised, so that their ranges must be found."""
+RangeMethod = Literal["minmax", "percentile", "entropy"]
+"""How the range of a quantised activation is found: all values seen, 99.99 % of them, or the least loss of
+information."""

@@ -45,6 +45,10 @@ class PreprocessSettings(Settings):
     std: tuple[Positive, Positive, Positive]
     """Divides each channel after the mean is subtracted."""
 
+    def at(self, side: int | None) -> "PreprocessSettings":
+        """The same for a square of another side (pixels); None: as it is."""
+        return self if side is None else self.model_copy(update={"height": side, "width": side})
+
 
 def preprocess(source: ImageSource, settings: PreprocessSettings) -> npt.NDArray[np.float32]:
     """Read one image and return pixels_CHW; ImageError when it cannot be read."""

@@ -58,6 +58,11 @@ class QueryCache:
             self._arrays.move_to_end(key)
             return array
 
+    def __contains__(self, key: str) -> bool:
+        """Whether there is an array under `key`; counts nothing and does not make it recent."""
+        with self._lock:
+            return key in self._arrays
+
     def put(self, key: str, array: npt.NDArray[np.float32]) -> None:
         """Keep a copy under `key`; an array larger than the whole bound is not kept."""
         if array.nbytes > self.max_bytes:

@@ -44,6 +44,8 @@ class RetrievalEvaluation:
 
     metrics: dict[str, float]
     """itc_ (ITC alone) and itm_ (re-ranked) + text_to_image_ or image_to_text_ + r1, r5, r10: 0 to 1."""
+    hits: dict[str, tuple[bool, ...]]
+    """The same names → whether each query found a right answer, images or texts in their order."""
     images: int
     texts: int
     candidates: int
@@ -98,14 +100,15 @@ def evaluate_retrieval(
         scores_IS = itc_scores(features, text_SF)
         by_image = [best_rows(scores, max(candidates, *AT)) for scores in scores_IS]
         by_text = [best_rows(scores, max(candidates, *AT)) for scores in scores_IS.T]
-        metrics = _recalls("itc", by_image, by_text, data)
+        hits = _hits("itc", by_image, by_text, data)
         if made.embeds is not None:
             embeds = mapped(folder / EMBEDS, "float32", (len(data.images), *made.embeds.shape))
             final_IS = _reranked(retriever, embeds.__getitem__, scores_IS, by_image, by_text, data.texts, progress)
             by_image = [row[best_rows(final_IS[image, row], max(AT))] for image, row in enumerate(by_image)]
             by_text = [row[best_rows(final_IS[row, text], max(AT))] for text, row in enumerate(by_text)]
-            metrics |= _recalls("itm", by_image, by_text, data)
-    return RetrievalEvaluation(metrics, len(data.images), len(data.texts), candidates)
+            hits |= _hits("itm", by_image, by_text, data)
+    metrics = {name: sum(found) / len(found) for name, found in hits.items()}
+    return RetrievalEvaluation(metrics, hits, len(data.images), len(data.texts), candidates)
 
 
 def _text_features(retriever: Retriever, texts: Sequence[str]) -> Floats:
@@ -143,13 +146,15 @@ def _reranked(
     return final_IS
 
 
-def _recalls(prefix: str, by_image: Sequence[Rows], by_text: Sequence[Rows], data: Captioned) -> dict[str, float]:
+def _hits(
+    prefix: str, by_image: Sequence[Rows], by_text: Sequence[Rows], data: Captioned
+) -> dict[str, tuple[bool, ...]]:
     found = {}
     for direction, rankings, right in (
         ("text_to_image", by_text, data.right_IS.T),
         ("image_to_text", by_image, data.right_IS),
     ):
         for at in AT:
-            hits = [bool(right[query, row[:at]].any()) for query, row in enumerate(rankings)]
-            found[f"{prefix}_{direction}_r{at}"] = sum(hits) / len(hits)
+            hits = (bool(right[query, row[:at]].any()) for query, row in enumerate(rankings))
+            found[f"{prefix}_{direction}_r{at}"] = tuple(hits)
     return found

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime.backends import open_engine
+from runtime.backends import CPU, Device
 from runtime.bundle import Bundle
 from runtime.pipeline import Pipeline
 from runtime.reference import REFERENCE, ChainCase, GraphCase, RetrievalCase, read_reference
@@ -37,19 +37,19 @@ class Check:
         return self.max_error <= self.tolerance
 
 
-def replay(bundle: Bundle, backend: str = "ort") -> list[Check]:
-    """Run every recorded case and the whole chain on `backend`; the caller judges the checks.
+def replay(bundle: Bundle, device: Device = CPU) -> list[Check]:
+    """Run every recorded case and the whole chain on `device`; the caller judges the checks.
 
     Raises:
         BundleError: the bundle has no usable recording.
-        BackendUnavailable: the backend's package is not installed.
+        BackendUnavailable: the package of the backend or provider is not installed.
     """
     reference = read_reference(bundle.file(REFERENCE))
-    checks = [check for case in reference.cases for check in _replay_graph(bundle, backend, case)]
+    checks = [check for case in reference.cases for check in _replay_graph(bundle, device, case)]
     if reference.chain is not None:
-        checks.append(_replay_chain(bundle, backend, reference.chain))
+        checks.append(_replay_chain(bundle, device, reference.chain))
     if reference.retrieval is not None:
-        checks += _replay_retrieval(bundle, backend, reference.retrieval)
+        checks += _replay_retrieval(bundle, device, reference.retrieval)
     return checks
 
 
@@ -61,8 +61,8 @@ def relative_error(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float
     return float(np.abs(found - expected).max(initial=0.0)) / scale
 
 
-def _replay_graph(bundle: Bundle, backend: str, case: GraphCase) -> list[Check]:
-    with open_engine(bundle, case.graph, backend, threads=None) as engine:
+def _replay_graph(bundle: Bundle, device: Device, case: GraphCase) -> list[Check]:
+    with device.open(bundle, case.graph) as engine:
         outputs = engine.run(case.inputs)
     return [
         Check(f"{case.graph}/{case.case}", name, relative_error(outputs[name], expected), case.tolerances[name])
@@ -70,10 +70,10 @@ def _replay_graph(bundle: Bundle, backend: str, case: GraphCase) -> list[Check]:
     ]
 
 
-def _replay_chain(bundle: Bundle, backend: str, chain: ChainCase) -> Check:
+def _replay_chain(bundle: Bundle, device: Device, chain: ChainCase) -> Check:
     found: list[tuple[int, ...]] = []
     step = bundle.manifest.limits.max_batch
-    with Pipeline(bundle, backend=backend, threads=None, cache_bytes=0) as pipeline:
+    with Pipeline(bundle, device=device, cache_bytes=0) as pipeline:
         for start in range(0, len(chain.prompts), step):
             rows = slice(start, start + step)
             found += pipeline.generate(
@@ -83,8 +83,8 @@ def _replay_chain(bundle: Bundle, backend: str, chain: ChainCase) -> Check:
     return Check("chain", "token_ids", wrong / len(found), chain.tolerance)
 
 
-def _replay_retrieval(bundle: Bundle, backend: str, case: RetrievalCase) -> list[Check]:
-    with Retrieval(bundle, backend=backend, threads=None) as retrieval:
+def _replay_retrieval(bundle: Bundle, device: Device, case: RetrievalCase) -> list[Check]:
+    with Retrieval(bundle, device=device) as retrieval:
         itc, logits = list[npt.NDArray[Any]](), list[npt.NDArray[Any]]()
         for start in range(0, len(case.texts), retrieval.max_batch):
             rows = slice(start, start + retrieval.max_batch)

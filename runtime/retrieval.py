@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from runtime.backends import Arrays, Engine, open_engine
+from runtime.backends import CPU, Arrays, Engine, Opener
 from runtime.bundle import Bundle
 from runtime.closing import Closing
 from runtime.errors import InputError
@@ -74,13 +74,11 @@ def caption_words(text: str) -> str:
 class Retrieval(Closing):
     """A bundle with retrieval graphs, open and ready. Safe to share between threads."""
 
-    def __init__(self, bundle: Bundle, *, backend: str, threads: int | None) -> None:
-        """Open the graphs; the arguments and errors are those of `runtime.load_retrieval`."""
+    def __init__(self, bundle: Bundle, *, device: Opener = CPU) -> None:
+        """Open the graphs on `device`; the errors are those of `runtime.load_retrieval`."""
         require_retrieval(bundle)
         with ExitStack() as opened:
-            vision, itc_image, itc_text, itm = (
-                opened.enter_context(open_engine(bundle, name, backend, threads)) for name in GRAPHS
-            )
+            vision, itc_image, itc_text, itm = (opened.enter_context(device.open(bundle, name)) for name in GRAPHS)
             self._graphs = RetrievalGraphs(vision, itc_image, itc_text, itm)
             self._engines = opened.pop_all()
         self.bundle = bundle

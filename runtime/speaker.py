@@ -16,6 +16,9 @@ LANGUAGE_GRAPHS: dict[str, tuple[str, ...]] = {
 }
 """`manifest.model.style` → graphs that hold the language model's matrices; `embed` comes before them."""
 
+STATIC = "_static"
+"""End of the name of a decoder whose cache has a fixed size, which lies beside the portable one for GPU engines."""
+
 
 def open_decoder(manifest: Manifest, engine: Callable[[str], Engine]) -> TextDecoder:
     """The decoder of a bundle's kind of language model; `engine` gives the engine of a named graph.
@@ -29,6 +32,12 @@ def open_decoder(manifest: Manifest, engine: Callable[[str], Engine]) -> TextDec
     embed, *others = (engine(name) for name in ("embed", *LANGUAGE_GRAPHS[model.style]))
     if model.style == "encoder-decoder":
         encoder, decoder = others
-        return EncoderDecoder(embed, encoder, decoder, generation, limits)
+        return EncoderDecoder(embed, encoder, decoder, generation, limits, _cache_type(manifest, "decoder"))
     (language,) = others
-    return Decoder(embed, language, generation, limits)
+    return Decoder(embed, language, generation, limits, _cache_type(manifest, "language"))
+
+
+def _cache_type(manifest: Manifest, graph: str) -> str:
+    """What a graph takes cached keys and values in: float16 in FP16 graphs."""
+    inputs = manifest.graphs[graph].inputs
+    return next(spec.dtype for name, spec in inputs.items() if name.startswith("past_"))

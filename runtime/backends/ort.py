@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU. The only file that imports onnxruntime."""
+"""ONNX Runtime on one execution provider. The only file that imports onnxruntime."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,31 +8,44 @@ from typing import Any, Self
 import numpy.typing as npt
 
 from runtime.backends.cores import physical_cores
-from runtime.errors import BundleError, require
+from runtime.backends.providers import available_providers, execution_provider, require_taken
+from runtime.errors import BackendUnavailable, BundleError, require
+from runtime.provider import Provider
 
 
 class OrtEngine:
     """One ONNX graph in one inference session; satisfies `runtime.backends.Engine`."""
 
-    def __init__(self, model: Path, threads: int | None) -> None:
+    def __init__(
+        self, model: Path, provider: Provider = "cpu", threads: int | None = None, fuse_int8: bool = True
+    ) -> None:
         """Open the graph; `threads` None takes every physical core this process may use.
 
+        `fuse_int8` False computes Q/DQ pairs as they stand: onnxruntime 1.31 takes FP8 for INT8 when it fuses them.
+
         Raises:
-            BackendUnavailable: onnxruntime is not installed.
-            BundleError: onnxruntime cannot read the graph.
+            BackendUnavailable: onnxruntime is not installed, or this one has no such provider, or that cannot start.
+            BundleError: onnxruntime cannot read the graph, or the provider leaves work of it to the CPU.
         """
-        ort: Any = require("onnxruntime", extra="cpu", why="backend 'ort'")
+        ort = _onnxruntime()
+        name = execution_provider(ort, provider)
         options = ort.SessionOptions()
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.intra_op_num_threads = threads or physical_cores()
         options.inter_op_num_threads = 1
         # The graphs of a bundle run in turn on the same cores: idle threads of one must not spin while another works.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.disable_quant_qdq", "0" if fuse_int8 else "1")
         options.log_severity_level = 3  # errors only; they arrive as exceptions
+        if provider != "cpu":
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
-            self._session: Any = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            self._session: Any = ort.InferenceSession(str(model), options, providers=[name], enable_fallback=0)
         except Exception as error:  # onnxruntime has a class per cause and no common base
-            raise BundleError(f"{model}: onnxruntime {ort.__version__} cannot open this graph: {error}") from error
+            raise BundleError(
+                f"{model}: onnxruntime {ort.__version__} cannot open this graph on {name}: {error}"
+            ) from error
+        require_taken(self._session, provider, str(model))
         self._output_names = [output.name for output in self._session.get_outputs()]
 
     def inputs(self) -> dict[str, tuple[int | str, ...]]:
@@ -59,6 +72,18 @@ class OrtEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def providers_here() -> tuple[Provider, ...]:
+    """Providers of the onnxruntime installed here; none without it."""
+    try:
+        return available_providers(_onnxruntime())
+    except BackendUnavailable:
+        return ()
+
+
+def _onnxruntime() -> Any:
+    return require("onnxruntime", extra="cpu", why="backend 'ort'")
 
 
 def _shapes(values: Any) -> dict[str, tuple[int | str, ...]]:

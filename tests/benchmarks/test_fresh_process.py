@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.fresh_process import FreshProcessFailed, run_fresh
 from runtime.answers import Request
+from runtime.backends import Device
 from tests.benchmarks.stand_ins import colour_images
 from tests.runtime.conftest import write_tiny_bundle
 
@@ -18,7 +19,7 @@ MIB = 1024**2
 def test_a_bundle_is_measured_without_torch(tmp_path: Path) -> None:
     bundle = write_tiny_bundle(tmp_path / "tiny")
     requests = [Request(image, "colour") for image in colour_images(tmp_path)]
-    found = run_fresh("bundle", bundle, requests, threads=1, max_new_tokens=5)
+    found = run_fresh("bundle", bundle, requests, device=Device(threads=1), max_new_tokens=5)
     marks_ms = [found[f"{name}_ms"] for name in ("python", "imported", "loaded", "first_answer")]
     assert marks_ms[0] > 0
     assert marks_ms == sorted(marks_ms)
@@ -36,5 +37,5 @@ def test_a_big_parent_does_not_count() -> None:
 
 def test_a_process_that_dies_says_why(tmp_path: Path) -> None:
     with pytest.raises(FreshProcessFailed, match=r"nowhere: the process .* code 1: .*expected a bundle") as caught:
-        run_fresh("bundle", tmp_path / "nowhere", [], threads=1, max_new_tokens=5)
+        run_fresh("bundle", tmp_path / "nowhere", [], device=Device(threads=1), max_new_tokens=5)
     assert "fresh_starts=0" in str(caught.value)

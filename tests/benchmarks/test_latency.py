@@ -131,11 +131,12 @@ def test_every_size_without_cache_and_the_smallest_with() -> None:
 def test_a_real_cache_hits_on_every_look_up(tmp_path: Path) -> None:
     """With the tiny bundle of the runtime's tests: after one pass over the items nothing is computed again."""
     from benchmarks.contestants import _of_bundle
+    from runtime.backends import Device
     from runtime.bundle import read_bundle
     from tests.benchmarks.stand_ins import colour_images
     from tests.runtime.conftest import write_tiny_bundle
 
-    bundle = _of_bundle(read_bundle(write_tiny_bundle(tmp_path / "tiny")), "tiny", threads=1)
+    bundle = _of_bundle(read_bundle(write_tiny_bundle(tmp_path / "tiny")), "tiny", Device(threads=1))
     rows = [question_row(image, "colour", "red") for image in colour_images(tmp_path)[:3]]
     config = BenchConfig(batch_sizes=(1,), latency_calls=3, warmup=1)
     off, hit = time_tasks([contestant("eager", Parrot()), bundle], {"vqa": rows}, config, 5, QUIET)
@@ -147,10 +148,11 @@ def test_a_real_cache_hits_on_every_look_up(tmp_path: Path) -> None:
 
 def test_a_batch_beyond_a_bundle_is_refused(tmp_path: Path) -> None:
     from benchmarks.contestants import _of_bundle, common_token_limit
+    from runtime.backends import Device
     from runtime.bundle import read_bundle
     from tests.runtime.conftest import write_tiny_bundle
 
-    contestants = [_of_bundle(read_bundle(write_tiny_bundle(tmp_path / "tiny")), "tiny", threads=1)]
+    contestants = [_of_bundle(read_bundle(write_tiny_bundle(tmp_path / "tiny")), "tiny", Device(threads=1))]
     assert common_token_limit(contestants, BenchConfig(batch_sizes=(1, 3))) == 5
     with pytest.raises(InputError, match=r"bench\.batch_sizes: expected at most 3, the max_batch of tiny, found 4"):
         common_token_limit(contestants, BenchConfig(batch_sizes=(1, 4)))

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from runtime.backends import available_backends, cores, open_engine
+from runtime.backends import Device, available_backends, cores
 from runtime.bundle import read_bundle
 from runtime.errors import BackendUnavailable, BundleError, InputError
 
@@ -25,7 +25,7 @@ def test_onnxruntime_is_present():
 @pytest.mark.parametrize("backend", available_backends())
 def test_a_backend_keeps_the_contract(bundle, backend, graph):
     entry = bundle.manifest.graphs[graph]
-    with open_engine(bundle, graph, backend, threads=1) as engine:
+    with Device(backend, threads=1).open(bundle, graph) as engine:
         assert engine.inputs() == {name: spec.shape for name, spec in entry.inputs.items()}
         assert engine.outputs() == {name: spec.shape for name, spec in entry.outputs.items()}
         feeds = {
@@ -42,18 +42,18 @@ def test_a_backend_keeps_the_contract(bundle, backend, graph):
 
 def test_refusals(bundle):
     with pytest.raises(InputError, match="expected one of ort, found 'cuda'"):
-        open_engine(bundle, "vision", "cuda", None)
+        Device("cuda").open(bundle, "vision")
     with pytest.raises(InputError, match="threads: expected at least 1, found 0"):
-        open_engine(bundle, "vision", "ort", 0)
+        Device(threads=0).open(bundle, "vision")
     with pytest.raises(BundleError, match="expected a graph 'text'"):
-        open_engine(bundle, "text", "ort", None)
+        Device().open(bundle, "text")
 
 
 def test_without_onnxruntime_the_extra_is_named(bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert available_backends() == ()
     with pytest.raises(BackendUnavailable, match=r"pip install 'qforge\[cpu\]'"):
-        open_engine(bundle, "vision", "ort", None)
+        Device().open(bundle, "vision")
 
 
 def test_hyper_threads_and_quotas(tmp_path, monkeypatch):

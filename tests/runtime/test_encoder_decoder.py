@@ -178,6 +178,7 @@ def test_the_manifest_decides_which_graphs_are_opened(tiny_bundle):
             update={
                 "model": manifest.model.model_copy(update={"style": style}),
                 "generation": manifest.generation.model_copy(update={"start_token_id": START}),
+                "graphs": manifest.graphs | {"decoder": manifest.graphs["language"]},  # both state their caches' type
             }
         )
 

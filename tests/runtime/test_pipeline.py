@@ -8,6 +8,7 @@ from PIL import Image
 
 import runtime
 from runtime.answers import Request
+from runtime.backends import Device
 from runtime.bundle import read_bundle
 from runtime.errors import ImageError, InputError
 from runtime.pipeline import Pipeline
@@ -187,5 +188,5 @@ def test_a_failed_open_closes_what_was_open(make_tiny_bundle, tmp_path, monkeypa
     closed = []
     monkeypatch.setattr(OrtEngine, "close", lambda engine: closed.append(engine))
     with pytest.raises(runtime.errors.BundleError, match=r"language\.onnx"):
-        Pipeline(read_bundle(path, check_hashes=False), backend="ort", threads=1, cache_bytes=0)
+        Pipeline(read_bundle(path, check_hashes=False), device=Device(threads=1), cache_bytes=0)
     assert len(closed) == 3

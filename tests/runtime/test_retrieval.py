@@ -328,6 +328,9 @@ def test_recall_of_a_case_made_by_hand(rows: list[Row], monkeypatch: pytest.Monk
     }
     assert len(by_hand.pairs) == len(set(by_hand.pairs)) == 12, "a pair is matched once, whichever ranking wants it"
     assert found.as_json()["n"] == 7
+    assert found.hits["itc_image_to_text_r1"] == (True, True, True), "query by query, for whoever compares in pairs"
+    assert sum(found.hits["itc_text_to_image_r1"]) == 2
+    assert {name: sum(hits) / len(hits) for name, hits in found.hits.items()} == found.metrics
     alone = evaluate_retrieval(ByHand(), rows, candidates=0, progress=QUIET)
     assert set(alone.metrics) == {name for name in found.metrics if name.startswith("itc")}
 

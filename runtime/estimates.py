@@ -46,6 +46,33 @@ def mean_difference(scores: Sequence[float], reference: Sequence[float], seed: i
     return {"value": float(differences.mean()), "low": low, "high": high}
 
 
+def paired_difference(scores: Sequence[float], reference: Sequence[float], seed: int) -> dict[str, Any]:
+    """As `mean_difference`, but honest where no item differs: scores of 0 and 1 get Newcombe's interval.
+
+    A bootstrap of items that all agree has no width, whatever their number; Newcombe (1998, method 10) builds on
+    Wilson's intervals of both shares and on how they vary together. Keys: value, low, high, n and the method.
+    """
+    ours, theirs, n = list(scores), list(reference), len(scores)
+    if len(theirs) != n:
+        raise ValueError(f"paired scores differ in number: {n} and {len(theirs)}")
+    if any(score not in (0.0, 1.0) for score in (*ours, *theirs)):
+        return {**mean_difference(ours, theirs, seed), "n": n, "method": "bootstrap"}
+    both = sum(a == b == 1 for a, b in zip(ours, theirs, strict=True))
+    right, right_reference = round(sum(ours)), round(sum(theirs))
+    neither = n - right - right_reference + both
+    one, other = right / n, right_reference / n
+    (low, high), (low_reference, high_reference) = wilson(right, n), wilson(right_reference, n)
+    spread = right * (n - right) * right_reference * (n - right_reference)
+    together = float(both * neither - (right - both) * (right_reference - both))
+    together = max(0.0, together - n / 2) if together > 0 else together
+    phi = together / math.sqrt(spread) if spread else 0.0
+    down, up = (
+        math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
+        for a, b in ((one - low, high_reference - other), (high - one, other - low_reference))
+    )
+    return {"value": one - other, "low": one - other - down, "high": one - other + up, "n": n, "method": "newcombe"}
+
+
 def ratio_of_medians(samples: Sequence[float], reference: Sequence[float], seed: int) -> dict[str, float]:
     """median(samples) / median(reference), timed on the same calls, with its paired 95 % bootstrap interval."""
     ours, theirs = np.asarray(samples, np.float64), np.asarray(reference, np.float64)

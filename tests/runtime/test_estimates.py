@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.estimates import mean_difference, mean_score, percentile, ratio_of_medians, wilson
+from runtime.estimates import mean_difference, mean_score, paired_difference, percentile, ratio_of_medians, wilson
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,28 @@ def test_difference_is_paired() -> None:
     assert found["value"] == pytest.approx(-0.1)
     assert -0.17 < found["low"] < found["high"] < -0.03
     assert mean_difference(reference, reference, seed=0) == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("both", "ours", "theirs", "neither", "low", "high"),
+    [(36, 12, 2, 0, 0.0569, 0.3404), (54, 0, 0, 0, -0.0664, 0.0664), (20, 12, 2, 16, 0.0562, 0.3290)],
+)
+def test_newcombes_interval(both: int, ours: int, theirs: int, neither: int, low: float, high: float) -> None:
+    """Worked examples of Newcombe 1998, table II (method 10)."""
+    scores = [1.0] * (both + ours) + [0.0] * (theirs + neither)
+    reference = [1.0] * both + [0.0] * ours + [1.0] * theirs + [0.0] * neither
+    found = paired_difference(scores, reference, seed=0)
+    assert found["value"] == pytest.approx((ours - theirs) / len(scores))
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=2e-3)
+    assert (found["n"], found["method"]) == (len(scores), "newcombe")
+
+
+def test_partial_scores_differ_by_a_paired_bootstrap() -> None:
+    scores, reference = [1 / 3, 1.0, 0.0] * 20, [2 / 3, 1.0, 0.0] * 20
+    found = paired_difference(scores, reference, seed=0)
+    assert found == {**mean_difference(scores, reference, seed=0), "n": 60, "method": "bootstrap"}
+    with pytest.raises(ValueError, match="3 and 2"):
+        paired_difference([1.0, 0.0, 1.0], [1.0, 0.0], seed=0)
 
 
 def test_ratio_is_paired() -> None:
