@@ -10,7 +10,7 @@ from runtime.errors import InputError
 from runtime.files import sha256_of
 from runtime.manifest import Generation, Limits, Manifest, ModelFacts, Prompts
 from runtime.precision import LanguagePrecision, Precision
-from runtime.speaker import LANGUAGE_GRAPHS
+from runtime.speaker import LANGUAGE_GRAPHS, STATIC
 from trainer.blip2 import Blip2
 from trainer.checkpoint import WEIGHTS
 
@@ -20,16 +20,28 @@ LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "nncf
 
 
 def precision_of(manifest: Manifest, graph: str) -> Precision | LanguagePrecision:
+    """Numeric type of one graph of a bundle."""
+    return precision_for(graph, manifest.model.style, manifest.precision, manifest.language_precision)
+
+
+def precision_for(
+    graph: str, style: str, precision: Precision, language_precision: LanguagePrecision
+) -> Precision | LanguagePrecision:
     """Numeric type of one graph; the token embedding is looked up, not computed with, and stays fp32."""
     if graph == "embed":
         return "fp32"
-    return manifest.language_precision if graph in LANGUAGE_GRAPHS[manifest.model.style] else manifest.precision
+    graph = graph.removesuffix(STATIC)
+    return language_precision if graph in LANGUAGE_GRAPHS[style] else precision
 
 
 def limits(model: Blip2, config: ExportConfig, heads: Heads) -> Limits:
     """What the graphs can be asked for; InputError when the language model cannot meet the settings."""
     texts = 0 if heads == "generate" else model.config.qformer.max_text_tokens
     if heads == "retrieval":
+        if config.image_sizes:
+            raise InputError(
+                "export.image_sizes: expected none for a bundle that only searches; it reads images as trained"
+            )
         return Limits(
             max_batch=config.max_batch, max_positions=0, max_question_tokens=0, max_new_tokens=0, max_text_tokens=texts
         )
@@ -51,6 +63,7 @@ def limits(model: Blip2, config: ExportConfig, heads: Heads) -> Limits:
         max_question_tokens=model.config.qformer.max_text_tokens if model.question_conditioned else 0,
         max_new_tokens=sayable,
         max_text_tokens=texts,
+        image_sizes=config.image_sizes,
     )
 
 
@@ -89,8 +102,12 @@ def generation(model: Blip2, heads: Heads) -> Generation:
 def made_by(checkpoint: Path) -> dict[str, str]:
     """Versions, and the checkpoint's SHA-256 (configuration with the hashes of the frozen halves, and weights)."""
     parts = "".join(sha256_of(checkpoint / name) for name in ("config.json", WEIGHTS))
-    versions = {name: _version(name) for name in ("qforge", *LIBRARIES)}
-    return versions | {"python": platform.python_version(), "checkpoint": hashlib.sha256(parts.encode()).hexdigest()}
+    return versions() | {"python": platform.python_version(), "checkpoint": hashlib.sha256(parts.encode()).hexdigest()}
+
+
+def versions() -> dict[str, str]:
+    """Of qforge and of every library that has a hand in a bundle."""
+    return {name: _version(name) for name in ("qforge", *LIBRARIES)}
 
 
 def _version(package: str) -> str:

@@ -67,31 +67,37 @@ class Judge(Closing):
         return self._engine.outputs()
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        """PyTorch's outputs; the graph's are compared with them.
+        """PyTorch's outputs, in the graph's types; the graph's are compared with them.
 
         Raises:
             CheckFailed: NaN or infinity on either side.
         """
-        expected, found = self._graph.run_eager(feeds), self._engine.run(feeds)
+        wide = {name: array.astype(np.float32) if array.dtype == np.float16 else array for name, array in feeds.items()}
+        expected, found = self._graph.run_eager(wide), self._engine.run(feeds)
         self._require_finite(expected, "eager PyTorch gives", "the checkpoint is damaged")
         self._require_finite(found, f"the {self._precision} graph gives", "eager PyTorch does not")
-        case = _case_of(feeds)
+        case = self._case(feeds)
         for name in expected:
             self._compare(case, name, *(self._seen(side[name], name, feeds) for side in (expected, found)))
         if case not in self.cases:
             self.cases[case] = self._recorded(case, feeds, expected)
-        return expected
+        return {name: array.astype(found[name].dtype, copy=False) for name, array in expected.items()}
 
     def close(self) -> None:
         """Close the engine."""
         self._engine.close()
+
+    def _case(self, feeds: Mapping[str, npt.NDArray[Any]]) -> str:
+        """As `_case_of`; a graph for several image sizes has a case of each."""
+        pixels = self._graph.inputs.get("pixels")
+        return f"{feeds['pixels'].shape[2]}px" if pixels is not None and 2 in pixels.varying else _case_of(feeds)
 
     def _compare(self, case: str, name: str, expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> None:
         allowed = self._tolerance
         fresh = Parity(self._graph.name, case, name, self._precision, allowed.max_error, allowed.min_cosine)
         parity = self.parities.setdefault((case, name), fresh)
         parity.max_error = max(parity.max_error, relative_error(found, expected))
-        parity.cosine = min(parity.cosine, _cosine(found, expected))
+        parity.cosine = min(parity.cosine, cosine(found, expected))
         parity.runs += 1
 
     def _seen(self, array: npt.NDArray[Any], name: str, feeds: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
@@ -116,13 +122,39 @@ class Judge(Closing):
         return GraphCase(self._graph.name, case, dict(feeds), kept, dict.fromkeys(kept, self._tolerance.max_error))
 
 
+class Unjudged(Closing):
+    """Stands for a graph that is not to be judged here: PyTorch computes it; satisfies `runtime.backends.Engine`."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+
+    def inputs(self) -> dict[str, tuple[int | str, ...]]:
+        """As in the graph's table."""
+        return {
+            name: tuple(plan.varying.get(axis, size) for axis, size in enumerate(plan.example.shape))
+            for name, plan in self._graph.inputs.items()
+        }
+
+    def outputs(self) -> dict[str, tuple[int | str, ...]]:
+        """Names alone: the table does not say the fixed sizes of an output."""
+        return dict.fromkeys(self._graph.outputs, ())
+
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        """PyTorch's outputs."""
+        return self._graph.run_eager(feeds)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 def _case_of(feeds: Mapping[str, npt.NDArray[Any]]) -> str:
     """prefill or step for a graph with a cache; the others have one case."""
     past = feeds.get("past_key_0")
     return "run" if past is None else "prefill" if past.shape[2] == 0 else "step"
 
 
-def _cosine(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+def cosine(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    """Of two arrays of one shape; 1 for two of zeros, 0 where only one is."""
     a, b = found.ravel().astype(np.float64), expected.ravel().astype(np.float64)
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / norms if norms else float(np.array_equal(a, b))

@@ -9,20 +9,20 @@ Shape letters: B batch, C H W pixels, Q queries, D language width
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from export.calibration import question_ids
 from export.config import ExportConfig
 from export.facts import precision_of
 from export.graphs import Graph
-from export.judge import Judge, Parity
+from export.judge import Judge, Parity, Unjudged
 from runtime.answers import Request
-from runtime.backends import open_engine
+from runtime.backends import CPU, Engine
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed
-from runtime.image_encoder import ImageEncoder
-from runtime.pipeline import TOKENIZER, Pipeline
+from runtime.image_encoder import FUSED, ImageEncoder
+from runtime.pipeline import TOKENIZER, Pipeline, one_size_batches
 from runtime.preprocess import preprocess_batch
 from runtime.progress import Progress
 from runtime.query_cache import QueryCache
@@ -90,7 +90,7 @@ def verify(
     allowed = max(config.tolerance(precision_of(bundle.manifest, name)).differing_answers for name in graphs)
     batches = _batches(requests, config.reference_items, config.max_batch)
     expected, equal = _compare_answers(bundle, model, batches, allowed, progress)
-    prompts, questions = _tokens(bundle, model, batches[0])
+    prompts, questions = request_tokens(bundle, model, batches[0])
     return Verdict(
         parities=judged.parities,
         images=len({request.image for request in requests}),
@@ -117,23 +117,33 @@ def judge_graphs(
     requests: Sequence[Request],
     config: ExportConfig,
     progress: Progress,
+    unjudged: frozenset[str] = frozenset(),
 ) -> Judged:
-    """Compare every graph with its module while the requests are answered; raises as `verify` does."""
+    """Compare every graph with its module while the requests are answered; raises as `verify` does.
+
+    Requests ask for one image size after the other (`at_every_size`).
+
+    PyTorch stands for the `unjudged` graphs: those whose file is not in the manifest's precision yet.
+    """
     manifest, batches = bundle.manifest, _batches(requests, config.reference_items, config.max_batch)
     with ExitStack() as opened:
         judges = dict[str, Judge]()
-        for name, graph in graphs.items():
+        for name in graphs.keys() - unjudged:
             precision = precision_of(manifest, name)
-            judge = Judge(graph, open_engine(bundle, name), precision, config.tolerance(precision))
+            judge = Judge(graphs[name], CPU.open(bundle, name), precision, config.tolerance(precision))
             judges[name] = opened.enter_context(judge)
-        encoder = ImageEncoder(judges["vision"], judges["qformer"], QueryCache(0), manifest)
-        decoder = open_decoder(manifest, judges.__getitem__)
+        engines: dict[str, Engine] = {name: judges.get(name) or Unjudged(graphs[name]) for name in graphs}
+        encoder = ImageEncoder(engines["vision"], engines["qformer"], QueryCache(0), manifest)
+        decoder = open_decoder(manifest, engines.__getitem__)
         with progress.bar("verifying graphs", len(batches), items_per_step=config.max_batch) as bar:
             for batch in batches:
-                prompts, questions = _tokens(bundle, model, batch)
-                pixels_BCHW = preprocess_batch([request.image for request in batch], model.preprocess)
+                prompts, questions = request_tokens(bundle, model, batch)
+                settings = model.preprocess.at(batch[0].image_size)
+                pixels_BCHW = preprocess_batch([request.image for request in batch], settings)
                 prefix_BQD = encoder.encode(pixels_BCHW, questions, Stopwatch())
                 decoder.generate(prefix_BQD, prompts, manifest.generation.max_new_tokens, Stopwatch())
+                if FUSED in engines:
+                    engines[FUSED].run({"pixels": pixels_BCHW})
                 bar.advance()
     parities = tuple(parity for judge in judges.values() for parity in judge.parities.values())
     require_parity(parities)
@@ -158,7 +168,7 @@ def _compare_answers(
     """Eager's token ids of every request, and how many the finished bundle answers with the same."""
     eager, expected, found = EagerPipeline(model), list[tuple[int, ...]](), list[tuple[int, ...]]()
     with (
-        Pipeline(bundle, backend="ort", threads=None, cache_bytes=0) as pipeline,
+        Pipeline(bundle, cache_bytes=0) as pipeline,
         progress.bar("verifying answers", len(batches)) as bar,
     ):
         for batch in batches:
@@ -176,7 +186,7 @@ def _compare_answers(
     return expected, len(expected) - len(different)
 
 
-def _tokens(
+def request_tokens(
     bundle: Bundle, model: Blip2, batch: Sequence[Request]
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...] | None]]:
     """Prompt ids and Q-Former question ids of a batch as the trainer makes them; the bundle's tokenizer must agree."""
@@ -191,6 +201,15 @@ def _tokens(
 
 
 def _batches(requests: Sequence[Request], first: int, largest: int) -> list[Sequence[Request]]:
-    """The recorded requests, then the rest in batches as large as the bundle takes."""
-    starts = range(first, len(requests), largest)
-    return [requests[:first], *(requests[start : start + largest] for start in starts)]
+    """The recorded requests, then the rest in batches as large as the bundle takes, each of one image size."""
+    rest = requests[first:]
+    rows = one_size_batches([request.image_size for request in rest], largest)
+    return [requests[:first], *([rest[row] for row in batch] for batch in rows)]
+
+
+def at_every_size(requests: Sequence[Request], config: ExportConfig) -> Sequence[Request]:
+    """The requests, then one batch of them at each other image size."""
+    others = [
+        replace(request, image_size=side) for side in config.image_sizes for request in requests[: config.max_batch]
+    ]
+    return [*requests, *others]

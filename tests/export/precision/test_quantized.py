@@ -9,8 +9,10 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export import quantize
+from export import trace
 from export.graphs import Graph
+from export.precision.activations import require_symmetric
+from export.precision.weights import gemm_to_matmul, write_nbits
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed
 from runtime.reference import REFERENCE, read_reference
@@ -96,7 +98,7 @@ def test_gemm_becomes_matmul_and_add_with_equal_results() -> None:
         [numpy_helper.from_array(array, name) for name, array in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    quantize._gemm_to_matmul(model)
+    gemm_to_matmul(model)
     assert operators(model) == ["MatMul", "Add", "MatMul", "Gemm"], "a Gemm with a factor of its own stays"
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     expected = 2 * ((x @ turned.T + bias) @ straight)
@@ -109,8 +111,8 @@ def test_external_weights_stay_in_a_plain_file(
     file, data = tmp_path / "language.onnx", tmp_path / "language.onnx.data"
     onnx.save(onnx.load(bundle_fp32.graph("language")), file, save_as_external_data=True, location=data.name)
     before = data.stat().st_size
-    monkeypatch.setattr(quantize, "LARGEST_SINGLE_FILE_BYTES", 0)
-    quantize.quantize_weights(file)
+    monkeypatch.setattr(trace, "LARGEST_SINGLE_FILE_BYTES", 0)
+    assert write_nbits(file, (), bits=8) == []
     assert data.is_file()
     assert data.stat().st_size < 0.6 * before
     quantised = onnx.load(file)
@@ -127,7 +129,7 @@ def test_an_asymmetric_graph_is_refused(zero_point: np.generic) -> None:
     ]
     model = helper.make_model(helper.make_graph([node], "g", [], [], constants))
     with pytest.raises(CheckFailed, match=r"graph 'vision': expected symmetric INT8 .* at the_culprit"):
-        quantize.require_symmetric(model, "vision")
+        require_symmetric(model, "vision")
 
 
 def test_nncf_telemetry_is_not_loaded(bundle_int8: Bundle) -> None:

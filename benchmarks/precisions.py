@@ -1,0 +1,213 @@
+"""What each precision costs and gives, at published sizes with random weights: size, cosine, speed on this CPU.
+
+ViT-B/16 at 224 pixels, Q-Former 12 x 768, OPT-125M and Flan-T5-small shapes. A few gains of the tower's LayerNorms are
+12 times as large, as outlier channels of trained towers are. Real images calibrate and judge; random weights compare
+precisions with each other and say nothing of answers.
+
+    python -m benchmarks.precisions --work DIR --data captions.jsonl --out precisions.json
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
+
+from benchmarks.machine import describe_machine
+from benchmarks.results import json_text
+from export.calibration import calibration_feeds, draw
+from export.config import ExportConfig
+from export.graphs import Arrays, graphs_of
+from export.language_feeds import language_feeds
+from export.pipeline import export_bundle
+from export.precision.emulate import emulate, has_sixteen_bits
+from export.precision.plan import write_precision, writers_for
+from runtime.backends.ort import OrtEngine
+from runtime.bundle import read_bundle
+from runtime.errors import BundleError
+from runtime.files import write_text_atomic
+from runtime.precision import LanguagePrecision, Precision, Target
+from runtime.progress import Progress
+from trainer.blip2 import new_blip2
+from trainer.checkpoint import load_checkpoint, write_checkpoint
+from trainer.config import DEMO, ModelConfig, QFormerConfig
+from trainer.towers import load_tokenizer, new_vision_tower
+
+FORMS: tuple[tuple[Precision, LanguagePrecision, Target], ...] = (
+    ("fp16", "fp16", "onnxruntime"),
+    ("bf16", "bf16", "onnxruntime"),
+    ("int8", "int8", "onnxruntime"),
+    ("fp8", "int4", "onnxruntime"),
+    ("int8", "int8", "tensorrt"),
+    ("fp8", "int4", "tensorrt"),
+)
+OUTLIERS, GAIN = 6, 12.0
+"""Channels per LayerNorm of the tower, and how much larger their gain is."""
+JUDGED = 8
+"""Runs of each graph that are compared, other images than those that calibrated."""
+TIMED = 9
+"""Runs of each that are timed, one of fp32 and one of the other in turn."""
+
+
+def write_models(work: Path) -> dict[str, Path]:
+    """A checkpoint with ViT-B, Q-Former-base and an OPT-125M shape, and one with a Flan-T5-small shape."""
+    torch.manual_seed(0)
+    tower = new_vision_tower(image_size=224, patch=16, width=768, layers=12, heads=12)
+    rng = np.random.default_rng(0)
+    for module in tower.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.weight.data[rng.choice(768, OUTLIERS, replace=False)] *= GAIN
+    tower.save_pretrained(work / "vision")
+    stored = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "resample": 3}
+    (work / "vision" / "preprocessor_config.json").write_text(json.dumps(stored))
+    ids = {"eos_token_id": 2, "pad_token_id": 1}
+    opt = OPTForCausalLM(OPTConfig(dropout=0.0, init_std=0.05, **ids))
+    small = {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "vocab_size": 32128}
+    flan = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0}
+    t5 = T5ForConditionalGeneration(T5Config(**small, **flan, eos_token_id=2, pad_token_id=1))
+    halves = {"opt": str(work / "vision"), "t5": DEMO}
+    return {name: _checkpoint(work, name, model, halves[name]) for name, model in (("opt", opt), ("t5", t5))}
+
+
+def _checkpoint(work: Path, name: str, language: PreTrainedModel, vision: str) -> Path:
+    language.save_pretrained(work / name)
+    load_tokenizer(DEMO, "language").save_pretrained(work / name)
+    config = ModelConfig(
+        vision=vision, language=str(work / name), qformer=QFormerConfig(), caption_prompt="a photo of", max_new_tokens=4
+    )
+    folder = work / f"{name}-checkpoint"
+    folder.mkdir()
+    model = new_blip2(config, question_conditioned=False)
+    write_checkpoint(model, folder, stage="stage2", metrics={}, recipe_yaml="seed: 0\n")
+    return folder
+
+
+def measure(checkpoint: Path, names: Sequence[str], data: Path, work: Path, images: int) -> list[dict[str, Any]]:
+    """A row per precision and graph of `names`."""
+    config = ExportConfig(calibration_images=images, verification_images=JUDGED, max_batch=4, reference_items=2)
+    loose = config.fp32.model_copy(update={"max_error": 1e-3, "differing_answers": 1.0})
+    bundle_folder = work / f"{checkpoint.name}-fp32"
+    export_bundle(
+        checkpoint,
+        bundle_folder,
+        config.model_copy(update={"fp32": loose}),
+        precision="fp32",
+        calibration=[data],
+        recipe_yaml="seed: 0\n",
+        reuse=None,
+        progress=Progress(),
+    )
+    model, exact = load_checkpoint(checkpoint), read_bundle(bundle_folder, check_hashes=False)
+    drawn = draw(
+        model, [data], calibration_images=images, verification_images=JUDGED, seed=0, progress=Progress(quiet=True)
+    )
+    graphs, feeds = graphs_of(model), list[dict[str, Sequence[Arrays]]]()
+    for part, requests in (("calibration", drawn.calibration), ("judged", drawn.verification)):
+        place = work / f"{checkpoint.name}-{part}"
+        seen = calibration_feeds(model, graphs, requests, place.with_name(f"{place.name}-seen"))
+        feeds.append({**seen, **language_feeds(exact, model, graphs, requests, place)})
+    rows = list[dict[str, Any]]()
+    for precision, language, target in FORMS:
+        folder = work / f"{checkpoint.name}-{precision}-{language}-{target}"
+        folder.mkdir()
+        writers = writers_for(names, precision, language, ExportConfig(target=target))
+        for name in names:
+            start = time.perf_counter()
+            kept = write_precision(folder, exact.path, {name: writers[name]}, feeds[0], {}, Progress(quiet=True))
+            row: dict[str, Any] = {"graph": name, "precision": writers[name].precision, "target": target}
+            row |= {"written_s": round(time.perf_counter() - start, 1), "kept": len(kept[name])}
+            row |= compare(exact.graph(name), folder / "onnx" / f"{name}.onnx", feeds[1][name], precision == "fp8")
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+        shutil.rmtree(folder)
+    return rows
+
+
+def compare(exact: Path, other: Path, feeds: Sequence[Arrays], fp8: bool) -> dict[str, Any]:
+    """Size, worst cosine over outputs and runs (on an emulation where the graph has 16-bit types), and speed."""
+    size = other.stat().st_size / exact.stat().st_size
+    found: dict[str, Any] = {"size_of_fp32": round(size, 4)}
+    largest = [max(feeds, key=lambda feed: sum(array.size for array in feed.values()))]
+    with OrtEngine(exact) as plain:
+        try:
+            with OrtEngine(other, fuse_int8=not fp8) as engine:
+                found |= _speed(plain, engine, largest[0], other)
+        except BundleError:
+            found |= {"times_faster": None, "why": "onnxruntime's CPU has no arithmetic of this type"}
+        found["judged"] = "emulated" if has_sixteen_bits(other) else "executed"
+        if found["judged"] == "emulated":
+            emulate(other)
+        with OrtEngine(other, fuse_int8=not fp8) as engine:
+            cosines = [_cosine(plain.run(feed), engine.run(_typed(feed, other))) for feed in feeds[:JUDGED]]
+    return found | {"worst_cosine": round(min(cosines), 6), "mean_cosine": round(float(np.mean(cosines)), 6)}
+
+
+def _speed(plain: OrtEngine, engine: OrtEngine, feed: Arrays, file: Path) -> dict[str, Any]:
+    pairs, typed = [(plain, feed), (engine, _typed(feed, file))], typed_seconds()
+    for number in range(TIMED + 1):
+        for seconds, (runner, given) in zip(typed, pairs, strict=True):
+            start = time.perf_counter()
+            runner.run(given)
+            if number:  # the first run warms up
+                seconds.append(time.perf_counter() - start)
+    ratios = np.array(typed[0]) / np.array(typed[1])
+    fp32_ms, other_ms = (round(1000 * float(np.median(seconds)), 2) for seconds in typed)
+    return {"times_faster": round(float(np.median(ratios)), 2), "fp32_ms": fp32_ms, "ms": other_ms}
+
+
+def typed_seconds() -> tuple[list[float], list[float]]:
+    """Empty lists of seconds: fp32's, the other's."""
+    return [], []
+
+
+def _typed(feed: Mapping[str, Any], file: Path) -> Arrays:
+    """Cached keys and values in the type that the graph takes."""
+    from export.trace import describe
+
+    return {name: feed[name].astype(spec.dtype) for name, spec in describe(file).inputs.items()}
+
+
+def _cosine(expected: Arrays, found: Arrays) -> float:
+    """Smallest over the outputs."""
+    pairs = [(expected[name].ravel().astype(np.float64), found[name].ravel().astype(np.float64)) for name in expected]
+    return min(float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))) for a, b in pairs)
+
+
+def run(work: Path, data: Path, images: int) -> dict[str, Any]:
+    """Build, trace, write, measure; `work` is left empty."""
+    work.mkdir(parents=True)
+    try:
+        checkpoints = write_models(work)
+        rows = measure(checkpoints["opt"], ("vision", "qformer", "language"), data, work, images)
+        rows += measure(checkpoints["t5"], ("encoder", "decoder"), data, work, images)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return {
+        "what": "precisions at published sizes, random weights, real images; speed beside fp32 in the same run",
+        "sizes": "ViT-B/16 at 224 px, Q-Former 12 x 768, OPT-125M, Flan-T5-small; language times are of a prefill of 4",
+        "calibration_images": images,
+        "judged_runs": JUDGED,
+        "rows": rows,
+        "machine": describe_machine(),
+    }
+
+
+def main() -> None:
+    """The command above."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder to make and remove; a few GB")
+    parser.add_argument("--data", type=Path, required=True, help="manifest of real images")
+    parser.add_argument("--out", type=Path, required=True, help="result file (JSON)")
+    parser.add_argument("--images", type=int, default=32, help="images that ranges are measured on")
+    arguments = parser.parse_args()
+    write_text_atomic(arguments.out, json_text(run(arguments.work, arguments.data, arguments.images)))
+
+
+if __name__ == "__main__":
+    main()
