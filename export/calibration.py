@@ -12,15 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
+from export.feeds import StoredFeeds
 from export.graphs import Arrays, Graph
 from runtime.answers import Request
 from runtime.dataset import Row, read_manifest
 from runtime.errors import DataError, ImageError
-from runtime.image_encoder import pad_questions
+from runtime.image_encoder import FUSED, pad_questions
 from runtime.preprocess import load_image, preprocess
 from runtime.progress import Progress
 from runtime.text import qformer_text
 from trainer.blip2 import Blip2, text_batch
+
+NAMED = 5
+"""Broken images that a message names."""
 
 
 @dataclass(frozen=True)
@@ -40,38 +44,42 @@ def draw(
     seed: int,
     progress: Progress,
     answers: bool = True,
+    again: Sequence[Request] = (),
 ) -> Drawn:
     """Draw images that can be read from all manifests together; captions and answers do not matter.
 
-    `answers` is False for a bundle that only searches, which needs no question.
+    `answers` is False for a bundle that only searches, which needs no question. `again` are the requests of an earlier
+    calibration, which then are this one's; verification takes none of their images.
 
     Raises:
         DataError: no manifest, too few images, or no question although the model reads questions.
     """
     if not manifests:
         raise DataError("export: expected a manifest of real images to calibrate and verify on, found none; name one")
+    calibration_images = 0 if again else calibration_images
     names, wanted = ", ".join(map(str, manifests)), calibration_images + verification_images
+    taken = {Path(str(request.image)).resolve() for request in again}
     questions = _questions_by_image([row for path in manifests for row in read_manifest(path)])
-    known, rng = list(questions), np.random.default_rng(seed)
+    known, rng = [image for image in questions if image.resolve() not in taken], np.random.default_rng(seed)
     images, broken = list[Path](), list[str]()
     for index in rng.permutation(len(known)):
+        if len(images) == wanted:
+            break
         try:
             load_image(known[index])
             images.append(known[index])
         except ImageError as error:
             broken.append(str(error))
-        if len(images) == wanted:
-            break
+    unread = f" and {len(broken)} that cannot be read: {_some(broken)}" if broken else ""
     if len(images) < wanted:
-        unread = f" and {len(broken)} that cannot be read, the first: {broken[0]}" if broken else ""
         raise DataError(
             f"{names}: expected {wanted} images ({calibration_images} to calibrate, {verification_images} to verify), "
             f"found {len(images)}{unread}; give more, or lower export.calibration_images or export.verification_images"
         )
     if broken:
-        progress.note(f"{names}: {len(broken)} images cannot be read and were passed over, the first: {broken[0]}")
+        progress.note(f"{names}: {len(broken)} images cannot be read and were passed over: {_some(broken)}")
     groups = [_requests(model, image, questions[image], rng) for image in images]
-    drawn = Drawn(_flat(groups[:calibration_images]), _flat(groups[calibration_images:]))
+    drawn = Drawn(tuple(again) or _flat(groups[:calibration_images]), _flat(groups[calibration_images:]))
     asks = model.question_conditioned and model.config.qformer_reads == "question"  # whole prompts caption too
     for part in (drawn.calibration, drawn.verification):
         if answers and asks and part and not any(request.question for request in part):
@@ -80,13 +88,13 @@ def draw(
 
 
 def calibration_feeds(
-    model: Blip2, graphs: Mapping[str, Graph], requests: Sequence[Request]
-) -> dict[str, list[Arrays]]:
-    """What `vision` and `qformer` meet when these requests are answered, one row a time, by graph.
+    model: Blip2, graphs: Mapping[str, Graph], requests: Sequence[Request], folder: Path
+) -> dict[str, StoredFeeds]:
+    """What `vision` and `qformer` meet when these requests are answered, one row a time, by graph; kept in `folder`.
 
     The Q-Former sees its images as eager PyTorch encodes them, with questions and without.
     """
-    feeds: dict[str, list[Arrays]] = {"vision": [], "qformer": []}
+    feeds = {name: StoredFeeds(folder / name) for name in ("vision", "qformer")}
     embeds_of: dict[object, Arrays] = {}
     for request in requests:
         if request.image not in embeds_of:
@@ -98,6 +106,8 @@ def calibration_feeds(
             ids_BT, mask_BT = pad_questions([question_ids(model, request)])
             question = {"question_ids": ids_BT, "question_mask": mask_BT}
         feeds["qformer"].append({"image_embeds": embeds_of[request.image]["image_embeds"], **question})
+    if FUSED in graphs:
+        feeds[FUSED] = feeds["vision"]
     return feeds
 
 
@@ -135,6 +145,12 @@ def _requests(model: Blip2, image: Path, asked: Sequence[str], rng: np.random.Ge
             if len(model.text_tokenizer(_condition(model, Request(image, question)) or "").input_ids) <= longest
         ]
     return [Request(image), *(Request(image, question) for question in rng.permutation(fitting)[:1].tolist())]
+
+
+def _some(errors: Sequence[str]) -> str:
+    """The first errors, and how many more there are."""
+    more = f"; and {len(errors) - NAMED} more" if len(errors) > NAMED else ""
+    return "; ".join(errors[:NAMED]) + more
 
 
 def _flat(groups: Sequence[Sequence[Request]]) -> tuple[Request, ...]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from runtime.answers import Answerer
+from runtime.backends import Device
 from runtime.dataset import Row
 from runtime.errors import InputError, MissingFile, require
 from runtime.evaluate import Evaluation, evaluate
@@ -32,53 +33,62 @@ def kind_of(path: Path) -> Kind:
 
 
 @contextmanager
-def open_answerer(path: Path, backend: str, threads: int | None) -> Iterator[Answerer]:
-    """A pipeline over the bundle, or eager PyTorch over the checkpoint (on which `backend` has no say)."""
+def open_answerer(path: Path, device: Device) -> Iterator[Answerer]:
+    """A pipeline over the bundle, or eager PyTorch over the checkpoint (of which `device` gives the threads alone)."""
     if kind_of(path) == "bundle":
         from runtime import load
 
-        with load(path, backend, threads) as pipeline:
+        with load(path, device.backend, device.threads, provider=device.provider) as pipeline:
             yield pipeline
         return
-    model = _eager(path, threads, why="Answering with a checkpoint")
+    model = _eager(path, device, why="Answering with a checkpoint")
     from trainer.generate import EagerPipeline
 
     yield EagerPipeline(model)
 
 
 def evaluate_rows(
-    answerer: Answerer, rows: Sequence[Row], task: Literal["caption", "vqa"], batch_size: int, title: str
+    answerer: Answerer,
+    rows: Sequence[Row],
+    task: Literal["caption", "vqa"],
+    batch_size: int,
+    title: str,
+    image_size: int | None = None,
 ) -> Evaluation:
     """`runtime.evaluate` with a progress bar on stderr and the scorers that fit the rows."""
     from trainer.demo_world import scorers_for
 
     scorers = scorers_for(rows) if task == "caption" else {}
     with reporting(title) as progress:
-        return evaluate(answerer, rows, task=task, batch_size=batch_size, scorers=scorers, progress=progress)
+        return evaluate(
+            answerer, rows, task=task, batch_size=batch_size, image_size=image_size, scorers=scorers, progress=progress
+        )
 
 
 @contextmanager
-def open_retriever(path: Path, backend: str, threads: int | None) -> Iterator["Retriever"]:
-    """A bundle that searches, or eager PyTorch over the checkpoint (on which `backend` has no say)."""
+def open_retriever(path: Path, device: Device) -> Iterator["Retriever"]:
+    """A bundle that searches, or eager PyTorch over the checkpoint (of which `device` gives the threads alone)."""
     if kind_of(path) == "bundle":
         from runtime import load_retrieval
 
-        with load_retrieval(path, backend, threads) as retrieval:
+        with load_retrieval(path, device.backend, device.threads, device.provider) as retrieval:
             yield retrieval
         return
-    model = _eager(path, threads, why="Scoring with a checkpoint")
+    model = _eager(path, device, why="Scoring with a checkpoint")
     from trainer.retrieval import EagerRetrieval
 
     yield EagerRetrieval(model)
 
 
-def _eager(path: Path, threads: int | None, why: str) -> "Blip2":
+def _eager(path: Path, device: Device, why: str) -> "Blip2":
     """The PyTorch model of a checkpoint; `why` begins the sentence that is said where torch is not installed."""
+    if device.provider != "cpu":
+        raise InputError(f"{path}: --provider {device.provider} is for bundles; a checkpoint runs as eager PyTorch")
     torch = require("torch", extra="train", why=why)
     from trainer.checkpoint import load_checkpoint
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if device.threads is not None:
+        torch.set_num_threads(device.threads)
     return load_checkpoint(path)
 
 
