@@ -20,12 +20,16 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from export.language_modules import DecoderGraph, EmbedGraph, EncoderGraph, LanguageGraph
 from runtime.errors import InputError
+from runtime.image_encoder import FUSED
 from trainer.blip2 import Blip2
 
 Arrays = dict[str, npt.NDArray[Any]]
 BATCH, PAST, NEW, TOKENS, READ = 2, 5, 3, 7, 9
 """Sizes of the traced example: at least 2 and all different, because the exporter freezes 0 and 1 and merges equals."""
 
+OPSET = 20
+"""Of all portable graphs: from 23 on the exporter writes `Attention` nodes, which TensorRT builds in fp32 for no GPU
+(reference/export.md §2.1)."""
 
 Axes = dict[int, str]
 """Axis → the name of its size; other axes are fixed."""
@@ -52,6 +56,8 @@ class Graph:
     hidden: frozenset[str] = frozenset()
     """Outputs [B, h, L, d] that say nothing where `attention_mask` is 0: a row padded on the left is empty there, and
     what comes of an empty row differs from engine to engine."""
+    opset: int = OPSET
+    """ONNX operator set it is traced at."""
 
     def run_eager(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """What PyTorch gives: the slow path that judges the traced graph."""
@@ -87,6 +93,21 @@ class QFormerGraph(nn.Module):
         return (self.bridge.prefix(image_embeds_BNE, *question),)
 
 
+class FusedGraph(nn.Module):
+    """Vision tower and Q-Former in one, without a question: all that a caption needs."""
+
+    def __init__(self, model: Blip2) -> None:
+        super().__init__()
+        self.vision, self.qformer = VisionGraph(model), QFormerGraph(model)
+        self.gives_embeds = model.question_conditioned
+
+    def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, ...]:
+        """prefix [B, Q, D]; image_embeds [B, N, E] too where a question about the image may follow."""
+        (image_embeds_BNE,) = self.vision(pixels_BCHW)
+        (prefix_BQD,) = self.qformer(image_embeds_BNE)
+        return (prefix_BQD, image_embeds_BNE) if self.gives_embeds else (prefix_BQD,)
+
+
 def graphs_of(model: Blip2) -> dict[str, Graph]:
     """The graphs of a bundle, in the order the runtime runs them.
 
@@ -100,15 +121,36 @@ def graphs_of(model: Blip2) -> dict[str, Graph]:
 def vision_graph(model: Blip2) -> Graph:
     """Pixels → image_embeds; what every bundle begins with."""
     side = model.preprocess
-    pixels = InputPlan(torch.zeros(BATCH, 3, side.height, side.width), {0: "batch"})
-    return Graph("vision", VisionGraph(model).eval(), {"pixels": pixels}, {"image_embeds": {0: "batch"}})
+    if not model.vision.other_sides:
+        pixels = InputPlan(torch.zeros(BATCH, 3, side.height, side.width), {0: "batch"})
+        return Graph("vision", VisionGraph(model).eval(), {"pixels": pixels}, {"image_embeds": {0: "batch"}})
+    other = model.vision.other_sides[0]  # two different sizes, so that neither is taken for the other
+    pixels = InputPlan(torch.zeros(BATCH, 3, side.height, other), {0: "batch", 2: "height", 3: "width"})
+    return Graph("vision", VisionGraph(model).eval(), {"pixels": pixels}, {"image_embeds": _patches(model)})
+
+
+def fused_graph(model: Blip2) -> Graph:
+    """Pixels → prefix of a caption; InputError when a caption's prefix depends on its prompt."""
+    if model.question_conditioned and model.config.qformer_reads == "prompt":
+        raise InputError(
+            "export.fused: expected a model whose Q-Former reads nothing for a caption; this one reads the whole "
+            "prompt, so a caption needs the plain graphs: leave export.fused at false"
+        )
+    embeds = {"image_embeds": _patches(model)} if model.question_conditioned else {}
+    inputs = vision_graph(model).inputs
+    return Graph(FUSED, FusedGraph(model).eval(), inputs, {"prefix": {0: "batch"}, **embeds})
+
+
+def _patches(model: Blip2) -> Axes:
+    """Varying axes of image_embeds."""
+    return {0: "batch", 1: "patches"} if model.vision.other_sides else {0: "batch"}
 
 
 def _qformer(model: Blip2) -> Graph:
     side = model.preprocess
     with torch.no_grad():
         image_embeds_BNE = model.encode_image(torch.zeros(BATCH, 3, side.height, side.width))
-    inputs = {"image_embeds": InputPlan(image_embeds_BNE, {0: "batch"})}
+    inputs = {"image_embeds": InputPlan(image_embeds_BNE, _patches(model))}
     if model.question_conditioned:
         ids_BT = torch.ones(BATCH, TOKENS, dtype=torch.long)
         inputs |= {name: InputPlan(ids_BT, {0: "batch", 1: "tokens"}) for name in ("question_ids", "question_mask")}

@@ -1,8 +1,7 @@
 """Module → ONNX file: traced once, in fp32, with names and sizes that the bundle promises.
 
-`torch.onnx.export(dynamo=True)` at opset 20: from opset 23 on it writes `Attention` nodes, which TensorRT builds in
-fp32 for no GPU (reference/export.md §2.1). Weights stay in the one file up to 1 GiB, beyond that in a plain file
-beside it; protobuf ends at 2 GiB.
+`torch.onnx.export(dynamo=True)` at the graph's own opset. Weights stay in the one file up to 1 GiB, beyond that in a
+plain file beside it; protobuf ends at 2 GiB.
 """
 
 from pathlib import Path
@@ -19,7 +18,6 @@ from runtime.bundle import GraphFiles
 from runtime.errors import CheckFailed
 from runtime.manifest import TensorSpec
 
-OPSET = 20
 LARGEST_SINGLE_FILE_BYTES = 1 << 30
 ONNX_FOLDER = "onnx"
 DATA_SUFFIX = ".data"
@@ -48,7 +46,7 @@ def trace(graph: Graph, folder: Path) -> Path:
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
             dynamic_shapes=(tuple(dict.fromkeys(plan.varying, varying) for plan in graph.inputs.values()),),
-            opset_version=OPSET,
+            opset_version=graph.opset,
             dynamo=True,
             verbose=False,
         )
@@ -80,6 +78,7 @@ def describe(file: Path) -> GraphFiles:
         inputs={value.name: _spec(value) for value in model.graph.input},
         outputs={value.name: _spec(value) for value in model.graph.output},
         data=f"{ONNX_FOLDER}/{data.name}" if data.exists() else None,
+        on_cpu=all(tensor.data_type != onnx.TensorProto.BFLOAT16 for tensor in model.graph.initializer),
     )
 
 
