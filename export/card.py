@@ -3,15 +3,26 @@
 Every figure is read from the manifest or from the verification that has just passed.
 """
 
+import platform
 from collections.abc import Mapping, Sequence
 
+from export.gate.gate import Gate, story
 from export.judge import Parity
+from export.latency import Timing, table
 from export.verdicts import Verdicts
+from runtime.backends.cores import physical_cores
 from runtime.manifest import Manifest
 
 
-def card(manifest: Manifest, verdict: Verdicts, checkpoint_stage: str) -> str:
-    """Markdown text."""
+def card(
+    manifest: Manifest,
+    verdict: Verdicts,
+    checkpoint_stage: str,
+    timings: Sequence[Timing],
+    probed: Mapping[str, int],
+    gate: Gate | None = None,
+) -> str:
+    """Markdown text; `probed` says how often each graph ran on extreme inputs."""
     parts = "image encoder, Q-Former" + (", projection, language model" if verdict.answers else "")
     return f"""# qforge bundle, {manifest.precision}
 
@@ -23,9 +34,15 @@ A BLIP-2-style model ({parts}) as ONNX graphs that run without PyTorch.
 
 {_usage(verdict)}
 
-## Size
+## Size and latency
 
-{_sizes(manifest)}
+{_measured(timings)}
+
+{table(manifest, timings)}
+
+## Inputs and outputs
+
+{_tensors(manifest)}
 
 ## Distance from eager PyTorch
 
@@ -36,6 +53,9 @@ largest value. A bundle that misses a tolerance is never written; all outputs ar
 
 {_outcome(verdict)}
 
+Every graph also ran on black, white and saturated images, the longest prompt and no question ({sum(probed.values())}
+runs), and gave finite numbers.
+{_gate(gate)}
 ## Made by
 
 {_versions(manifest.made_by)}
@@ -49,7 +69,8 @@ def _facts(manifest: Manifest, checkpoint_stage: str) -> str:
         f"Vision graph and Q-Former: {manifest.precision}."
         + (f" Language model: {manifest.language_precision}. Token embedding: fp32." if model.language_width else ""),
         f"{model.queries} queries of width {model.qformer_width}",
-        f"Images: {manifest.preprocess.height} x {manifest.preprocess.width} pixels, {manifest.preprocess.resample}",
+        f"Images: {manifest.preprocess.height} x {manifest.preprocess.width} pixels, {manifest.preprocess.resample}"
+        + "".join(f"; {side} x {side} with `--image-size {side}`" for side in limits.image_sizes),
     ]
     if limits.max_text_tokens:
         lines.append(f"Searching: texts of up to {limits.max_text_tokens} tokens, {limits.max_batch} pairs a batch")
@@ -105,18 +126,31 @@ def _outcome(verdict: Verdicts) -> str:
         lines.append(f"Greedy answers equal to eager PyTorch, token for token: {of.equal_answers} of {rows}.")
     if verdict.scores:
         lines.append(
-            f"Scores of whole searches: ITC cosines within {verdict.scores.itc_error:.1e} of eager PyTorch, ITM logits "
-            f"within {verdict.scores.match_error:.1e} of the largest."
+            f"Scores of whole searches: ITC cosines within {verdict.scores.itc_error:.1e} of eager PyTorch's, ITM "
+            f"logits within {verdict.scores.match_error:.1e}."
         )
     return "\n\n".join(lines)
 
 
-def _sizes(manifest: Manifest) -> str:
-    lines = ["| graph | MiB | inputs | outputs |", "|---|---|---|---|"]
+def _gate(gate: Gate | None) -> str:
+    """Nothing where no drop was limited."""
+    return "" if gate is None else f"\n## Accuracy gate\n\n{story(gate)}\n"
+
+
+def _measured(timings: Sequence[Timing]) -> str:
+    runs = min((timing.runs for timing in timings), default=0)
+    return (
+        f"Latency is a first figure, not a benchmark (that is `qforge bench`): the median of {runs} or more runs with "
+        f"onnxruntime on {physical_cores()} CPU cores of the machine that exported ({platform.machine()}), on the "
+        f"inputs recorded in `reference.npz`."
+    )
+
+
+def _tensors(manifest: Manifest) -> str:
+    lines = ["| graph | inputs | outputs |", "|---|---|---|"]
     for name, graph in manifest.graphs.items():
-        size_bytes = graph.bytes + (graph.data.bytes if graph.data else 0)
         inputs, outputs = (_some(names) for names in (graph.inputs, graph.outputs))
-        lines.append(f"| {name} | {size_bytes / 2**20:.2f} | {inputs} | {outputs} |")
+        lines.append(f"| {name} | {inputs} | {outputs} |")
     return "\n".join(lines)
 
 

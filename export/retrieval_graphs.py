@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from export.config import Heads
-from export.graphs import BATCH, TOKENS, Graph, InputPlan, graphs_of, vision_graph
+from export.graphs import BATCH, TOKENS, Graph, InputPlan, fused_graph, graphs_of, vision_graph
 from runtime.errors import InputError
 from trainer.blip2 import Blip2
 from trainer.retrieval import NEEDS
@@ -53,14 +53,18 @@ def chosen_heads(model: Blip2, wanted: Heads | None, stage: str) -> Heads:
     return wanted
 
 
-def graph_set(model: Blip2, heads: Heads) -> GraphSet:
-    """The graphs that `heads` asks for.
+def graph_set(model: Blip2, heads: Heads, *, fused: bool = False) -> GraphSet:
+    """The graphs that `heads` asks for, and the one for captions where `fused` does.
 
     Raises:
         CheckpointError: retrieval is asked for and the bridge lacks a head.
-        InputError: the language model cannot take an image prefix.
+        InputError: the language model cannot take an image prefix, or there is nothing to fuse.
     """
+    if fused and heads == "retrieval":
+        raise InputError("export.fused: expected a bundle that captions, found export.heads retrieval; leave one out")
     answering = {} if heads == "retrieval" else graphs_of(model)
+    if fused:
+        answering |= {graph.name: graph for graph in (fused_graph(model),)}
     if heads == "generate":
         return GraphSet(answering, {})
     vision = answering.get("vision") or vision_graph(model)

@@ -158,7 +158,7 @@ class Bridge(nn.Module):
 
         Under the generation mask the queries never see the text, so they are those of an image-only pass.
         """
-        queries = self._queries(len(ids_BT))
+        queries = self._queries(ids_BT.shape[0])
         mask = generation_mask(mask_BT, queries.shape[1])
         query_BQH, text_BTH = self.qformer(queries, self._embedded(ids_BT), mask, keys)
         words_VH = self._have("text", self.embeddings).word_embeddings.weight
@@ -178,14 +178,14 @@ class Bridge(nn.Module):
 
     def matching_logits(self, keys: ImageKeys, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """ITM logits [B, 2] (no match, match): queries and text see each other, mean over the queries."""
-        queries = self._queries(len(ids_BT))
+        queries = self._queries(ids_BT.shape[0])
         mask = padding_mask(mask_BT, queries.shape[1])
         query_BQH, _ = self.qformer(queries, self._embedded(ids_BT), mask, keys)
         return self._have("matching", self.itm_head)(query_BQH).float().mean(dim=1)
 
     def prefix(self, image_embeds_BNE: Tensor, ids_BT: Tensor | None = None, mask_BT: Tensor | None = None) -> Tensor:
         """Soft tokens [B, Q, D] for the language model; question ids condition the queries (InstructBLIP's way)."""
-        queries = self._queries(len(image_embeds_BNE))
+        queries = self._queries(image_embeds_BNE.shape[0])
         keys = self.image_keys(image_embeds_BNE)
         if ids_BT is None or mask_BT is None:
             query_BQH, _ = self.qformer(queries, None, None, keys)

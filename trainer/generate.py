@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from runtime.answers import Answer, Request
-from runtime.preprocess import preprocess_batch
+from runtime.errors import InputError
+from runtime.preprocess import PreprocessSettings, preprocess_batch
 from runtime.text import qformer_text
 from trainer.blip2 import Blip2
 from trainer.generative import condition_tokens
@@ -30,7 +31,7 @@ class EagerPipeline:
     def answer(self, requests: Sequence[Request], *, max_new_tokens: int | None = None) -> list[Answer]:
         """Answer all requests as one batch, greedily, at most `max_new_tokens` (default: the model's) tokens each."""
         model, marks = self.model, [time.perf_counter()]
-        pixels_BCHW = torch.from_numpy(preprocess_batch([r.image for r in requests], model.preprocess))
+        pixels_BCHW = torch.from_numpy(preprocess_batch([r.image for r in requests], self._preprocess(requests)))
         marks.append(time.perf_counter())
         image_embeds_BNE = model.encode_image(pixels_BCHW)
         marks.append(time.perf_counter())
@@ -54,6 +55,17 @@ class EagerPipeline:
         timings_ms = {name: (b - a) * 1e3 for name, (a, b) in zip(names, pairwise(marks), strict=True)}
         timings_ms["total"] = (marks[-1] - marks[0]) * 1e3
         return [self._finish(r, row, timings_ms) for r, row in zip(requests, ids_BT.tolist(), strict=True)]
+
+    def _preprocess(self, requests: Sequence[Request]) -> PreprocessSettings:
+        """For the one size that all requests ask for; InputError when there are two, or the tower cannot read it."""
+        trained, others = self.model.preprocess.height, self.model.vision.other_sides
+        sides = {request.image_size or trained for request in requests}
+        if len(sides) > 1 or not sides <= {trained, *others}:
+            raise InputError(
+                f"image_size: expected one of {', '.join(map(str, (trained, *others)))} for the whole batch of eager "
+                f"PyTorch, found {', '.join(map(str, sorted(sides)))}"
+            )
+        return self.model.preprocess.at(sides.pop())
 
     def _prompt(self, request: Request) -> str:
         config = self.model.config

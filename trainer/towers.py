@@ -57,10 +57,16 @@ class VisionTower(nn.Module):
         self.layer = layer
         self.preprocess = preprocess
         self.width = int(model.config.hidden_size)
-        resizes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-        self._options = (
-            {"interpolate_pos_encoding": True} if resizes and _side(model.config) != preprocess.height else {}
-        )
+        self.other_sides: tuple[int, ...] = ()
+        """Sides (pixels) of further images it reads, beside `preprocess`; see `trainer.any_size`."""
+        self._options: dict[str, bool] = {}
+        if _side(model.config) != preprocess.height:
+            self.always_interpolate()
+
+    def always_interpolate(self) -> None:
+        """Ask the tower for positions of the size that an image has, where it has to be asked."""
+        if "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters:
+            self._options = {"interpolate_pos_encoding": True}
 
     def train(self, mode: bool = True) -> "VisionTower":
         """Stay in eval mode: a frozen tower has no dropout (LAVIS disables its train switch too)."""

@@ -81,8 +81,8 @@ def test_transformers_says_the_same_tokens(name: str, case, pictures: list[Image
     assert type(processor.image_processor).__name__ == "BlipImageProcessorPil"
     prompt = "Question: what colour is the circle Answer:"
     inputs = processor(images=pictures, text=[prompt] * len(pictures), return_tensors="pt")
-    said = theirs.generate(**inputs, max_new_tokens=6, do_sample=False)
     ours = model.ours
+    said = theirs.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=ours.pad_token_id)
     condition = (inputs["qformer_input_ids"], inputs["qformer_attention_mask"]) if "qformer_input_ids" in inputs else ()
     prefix = ours.query_prefix(ours.encode_image(pixels_for(ours, pictures)), *condition)
     ids = torch.tensor([ours.tokenizer(prompt).input_ids] * len(pictures))
@@ -93,6 +93,7 @@ def test_transformers_says_the_same_tokens(name: str, case, pictures: list[Image
         max_new_tokens=6,
         do_sample=False,
         eos_token_id=list(ours.config.end_token_ids or ()),
+        pad_token_id=ours.pad_token_id,
     )
     found = said if ours.language_model.config.is_encoder_decoder else said[:, inputs["input_ids"].shape[1] :]
     assert torch.equal(found, expected)
