@@ -1,6 +1,6 @@
 # Three words; each makes .venv when there is none. Nothing else to install first.
 #   make demo   train, export, verify, benchmark and report on the demo world
-#   make test   the whole test suite, offline
+#   make test   the whole test suite, offline, by two workers
 #   make lint   ruff and mypy
 SHELL := /bin/bash
 STAMP := .venv/.installed
@@ -14,7 +14,7 @@ demo: $(STAMP)
 	.venv/bin/qforge run recipes/demo.yaml --out runs/demo
 
 test: $(STAMP)
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2
 
 lint: $(STAMP)
 	.venv/bin/ruff check .

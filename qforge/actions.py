@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export.config import ExportConfig
 from qforge.recipe import Recipe
 from qforge.report import report_text
 from runtime.dataset import check_manifest, read_manifest
@@ -65,6 +66,12 @@ def fingerprint_init(init: Path | None) -> dict[str, str]:
     if init is None:
         return {}
     return {str(init / name): sha256_of(init / name) for name in ("config.json", "model.safetensors")}
+
+
+def fingerprint_gate(recipe: Recipe) -> dict[str, str]:
+    """What tells that the held-out items of an export's accuracy gate changed, where they are no part of the run."""
+    data = recipe.export.gate.data
+    return {} if data is None else {str(data): sha256_of(data)}
 
 
 def prepare_data(recipe: Recipe, out: Path, folder: Path) -> None:
@@ -142,13 +149,22 @@ def export_bundle(recipe: Recipe, precision: Precision, reuse: Path | None, out:
     export_bundle(
         out / "checkpoint",
         folder,
-        recipe.export,
+        _gated(recipe.export, manifests),
         precision=precision,
         calibration=[manifests["vqa_train"], manifests["captions_train"]],
         recipe_yaml=recipe.to_yaml(),
         reuse=reuse,
         progress=Progress(),
     )
+
+
+def _gated(config: ExportConfig, manifests: Mapping[str, Path]) -> ExportConfig:
+    """An accuracy gate without data of its own is measured on the run's validation split."""
+    gate = config.gate
+    if gate.max_drop is None or gate.task is None or gate.data is not None:
+        return config
+    split = "captions_val" if gate.task in ("caption", "retrieval") else "vqa_val"
+    return config.model_copy(update={"gate": gate.model_copy(update={"data": manifests.get(split)})})
 
 
 def verify_bundles(bundles: Sequence[Path], folder: Path) -> None:

@@ -7,48 +7,37 @@ Nothing heavy is imported here, so `qforge --help` answers at once; each verb im
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from qforge.console import INTERRUPTED, Outcome, verb
-
-app = typer.Typer(
-    name="qforge",
-    help="Train a BLIP-2-style model, export it, and run it without PyTorch.",
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+from qforge.gone import explained
+from qforge.options import (
+    Backend,
+    BundleFolder,
+    Candidates,
+    CheckpointFolder,
+    Dtype,
+    EitherFolder,
+    ImageSize,
+    Init,
+    MaxNewTokens,
+    Overrides,
+    Prompt,
+    Provider,
+    ProviderName,
+    RecipeFile,
+    RunFolder,
+    Stage,
+    Task,
+    Threads,
+    app,
+    data,
 )
-data = typer.Typer(help="Data sets: check one, or draw the demo world.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(data, name="data")
 
-Task = Literal["caption", "vqa", "retrieval"]
-Stage = Literal["stage1", "stage2", "vqa"]
-Precision = Literal["fp32", "int8"]
-Heads = Literal["generate", "retrieval", "both"]
-Dtype = Literal["float16", "float32"]
-
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, such as recipes/demo.yaml.")]
-RunFolder = Annotated[Path, typer.Option("--out", help="Folder of the run; the same folder again goes on.")]
-BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `qforge export` made.")]
-EitherFolder = Annotated[Path, typer.Argument(metavar="BUNDLE|CKPT", help="Bundle, or checkpoint folder.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, such as stage1.steps=50; repeatable."),
-]
-Init = Annotated[
-    Path | None,
-    typer.Option(metavar="CKPT", help="Checkpoint to begin from, with its model; the stages behind it are left out."),
-]
-Backend = Annotated[str, typer.Option(help="Engine that runs the graphs; `qforge doctor` lists what is here.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; without it, one per physical core.")]
-Prompt = Annotated[str | None, typer.Option(help="Replaces the bundle's prompt; {} is the question.")]
-Candidates = Annotated[
-    int, typer.Option(help="Best of the contrastive ranking that matching looks at again; 0: none, which is fastest.")
-]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Longest text (tokens); without it, the bundle's own limit.")]
+if TYPE_CHECKING:
+    from runtime.backends import Device
 
 
 @verb(app, "run", "qforge run recipes/demo.yaml --out runs/demo --set stage1.steps=200")
@@ -152,7 +141,7 @@ def import_(
 
 @verb(app, "to-hf", "qforge to-hf runs/mine/checkpoint --out blip2-mine")
 def to_hf(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint folder.")],
+    checkpoint: CheckpointFolder,
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     kind: Annotated[
         Literal["caption", "retrieval", "instruct"] | None,
@@ -168,43 +157,26 @@ def to_hf(
     return verbs_convert.to_hf(checkpoint, out, kind)
 
 
-@verb(app, "export", "qforge export runs/demo/checkpoint --out bundle --precision int8 --calibration vqa_train.jsonl")
-def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint folder.")],
-    out: Annotated[Path, typer.Option("--out", help="Bundle folder to write.")],
-    precision: Annotated[Precision, typer.Option(help="Numeric type of the vision graph and the Q-Former.")],
-    calibration: Annotated[
-        list[Path],
-        typer.Option(metavar="FILE", help="Manifest of real images: INT8 ranges, verification. May be repeated."),
-    ],
-    language_precision: Annotated[
-        Precision | None, typer.Option(help="Of the language model; without it, the recipe's.")
-    ] = None,
-    heads: Annotated[
-        Heads | None,
-        typer.Option(help="What it can do: caption and vqa, index and search; without it, what was trained last."),
-    ] = None,
-    overrides: Overrides = None,
-) -> Outcome:
-    """Write a bundle from a checkpoint.
-
-    It is verified against PyTorch first; nothing is written when it misses a tolerance. Settings are those of the
-    recipe in the checkpoint.
-    """
-    from qforge import verbs_bundle
-
-    return verbs_bundle.export(checkpoint, out, precision, language_precision, heads, calibration, overrides or [])
+from qforge import cli_export  # noqa: E402, F401 - its verbs register themselves, at this place of the help
 
 
 @verb(app, "verify", "qforge verify runs/demo/bundle-int8")
-def verify(bundle: BundleFolder, backend: Backend = "ort") -> Outcome:
+def verify(
+    bundle: BundleFolder,
+    backend: Backend = "ort",
+    provider: ProviderName = "cpu",
+    polygraphy: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Also write the recorded inputs and outputs there, as Polygraphy reads them."),
+    ] = None,
+) -> Outcome:
     """Replay a bundle's recorded inputs on this machine.
 
     Compares with the outputs that PyTorch gave at export. Exit 1 when one is missed.
     """
     from qforge import verbs_bundle
 
-    return verbs_bundle.verify(bundle, backend)
+    return verbs_bundle.verify(bundle, _device(backend, provider, None), polygraphy)
 
 
 @verb(app, "inspect", "qforge inspect runs/demo/bundle-int8")
@@ -232,13 +204,15 @@ def caption(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     prompt: Prompt = None,
     max_new_tokens: MaxNewTokens = None,
+    image_size: ImageSize = None,
     backend: Backend = "ort",
+    provider: ProviderName = "cpu",
     threads: Threads = None,
 ) -> Outcome:
     """Describe images."""
     from qforge import verbs_answer
 
-    return verbs_answer.caption(bundle, images, prompt, max_new_tokens, backend, threads)
+    return verbs_answer.caption(bundle, images, prompt, max_new_tokens, image_size, _device(backend, provider, threads))
 
 
 @verb(app, "vqa", 'qforge vqa runs/demo/bundle-int8 picture.png "what colour is the circle?"')
@@ -248,13 +222,17 @@ def vqa(
     questions: Annotated[list[str], typer.Argument(metavar="QUESTION...", help="Questions about it.")],
     prompt: Prompt = None,
     max_new_tokens: MaxNewTokens = None,
+    image_size: ImageSize = None,
     backend: Backend = "ort",
+    provider: ProviderName = "cpu",
     threads: Threads = None,
 ) -> Outcome:
     """Answer questions about an image."""
     from qforge import verbs_answer
 
-    return verbs_answer.vqa(bundle, image, questions, prompt, max_new_tokens, backend, threads)
+    return verbs_answer.vqa(
+        bundle, image, questions, prompt, max_new_tokens, image_size, _device(backend, provider, threads)
+    )
 
 
 @verb(app, "index", "qforge index bundle-retrieval photos/ more.jsonl --out photos.index")
@@ -274,6 +252,7 @@ def index(
     ] = False,
     dtype: Annotated[Dtype, typer.Option(help="Of the stored features.")] = "float16",
     backend: Backend = "ort",
+    provider: ProviderName = "cpu",
     threads: Threads = None,
 ) -> Outcome:
     """Make images, or texts, ready to be searched.
@@ -282,7 +261,7 @@ def index(
     """
     from qforge import verbs_retrieval
 
-    return verbs_retrieval.index(bundle, sources, out, texts, small, dtype, backend, threads)
+    return verbs_retrieval.index(bundle, sources, out, texts, small, dtype, _device(backend, provider, threads))
 
 
 @verb(app, "search", 'qforge search photos.index "a red circle left of a blue square" --top 3 --picture hits.png')
@@ -301,6 +280,7 @@ def search(
         Path | None, typer.Option(metavar="DIR", help="Where the bundle is now, if it was moved after indexing.")
     ] = None,
     backend: Backend = "ort",
+    provider: ProviderName = "cpu",
     threads: Threads = None,
 ) -> Outcome:
     """Find images by text, or texts by image.
@@ -309,7 +289,8 @@ def search(
     """
     from qforge import verbs_retrieval
 
-    return verbs_retrieval.search(folder, texts or [], images or [], top, candidates, picture, bundle, backend, threads)
+    device = _device(backend, provider, threads)
+    return verbs_retrieval.search(folder, texts or [], images or [], top, candidates, picture, bundle, device)
 
 
 @verb(app, "evaluate", "qforge evaluate runs/demo/bundle-int8 --data runs/demo/data/vqa_test.jsonl --task vqa")
@@ -319,7 +300,9 @@ def evaluate(
     task: Annotated[Task, typer.Option(help="What is asked of the images.")],
     batch_size: Annotated[int, typer.Option(help="Requests answered together (caption, vqa).")] = 8,
     candidates: Candidates = 128,
+    image_size: ImageSize = None,
     backend: Backend = "ort",
+    provider: ProviderName = "cpu",
     threads: Threads = None,
 ) -> Outcome:
     """Score a bundle or checkpoint on a data set.
@@ -327,10 +310,14 @@ def evaluate(
     Retrieval: recall at 1, 5 and 10 in both directions, by contrast alone (itc) and re-ranked by matching (itm).
     """
     from qforge import verbs_bundle, verbs_retrieval
+    from runtime.errors import InputError
 
+    device = _device(backend, provider, threads)
     if task == "retrieval":
-        return verbs_retrieval.evaluate(path, manifest, candidates, backend, threads)
-    return verbs_bundle.evaluate(path, manifest, task, batch_size, backend, threads)
+        if image_size is not None:
+            raise InputError("--image-size: retrieval reads images at the trained size; leave it out")
+        return verbs_retrieval.evaluate(path, manifest, candidates, device)
+    return verbs_bundle.evaluate(path, manifest, task, batch_size, image_size, device)
 
 
 @verb(
@@ -346,6 +333,9 @@ def bench(
     root: Annotated[
         Path | None, typer.Option("--data", metavar="DIR", help="Folder of the manifests; without it, the recipe's.")
     ] = None,
+    provider: Annotated[
+        Provider | None, typer.Option(help="What computes the bundles' graphs; without it, the recipe's.")
+    ] = None,
     overrides: Overrides = None,
 ) -> Outcome:
     """Compare bundles with eager PyTorch.
@@ -356,7 +346,14 @@ def bench(
     """
     from qforge import verbs_bundle
 
-    return verbs_bundle.bench(bundles, against, out, root, overrides or [])
+    return verbs_bundle.bench(bundles, against, out, root, provider, overrides or [])
+
+
+def _device(backend: str, provider: Provider, threads: int | None) -> "Device":
+    """One value from here on: what the flags say about where graphs run."""
+    from runtime.backends import Device
+
+    return Device(backend, provider, threads)
 
 
 def main() -> None:
@@ -366,6 +363,7 @@ def main() -> None:
     except typer.TyperException as error:
         message = error.format_message()
         path = getattr(getattr(error, "ctx", None), "command_path", "qforge")
+        message = explained(message, path)
         print(message if message.startswith("Usage") else f"{message} See: {path} --help", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:  # before or after a verb; within one, the verb says so itself

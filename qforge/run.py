@@ -18,7 +18,7 @@ from qforge.recipe import Recipe
 from qforge.steps import Done, Step, folder_lock, run_steps
 from runtime.errors import InputError
 from runtime.files import write_text_atomic
-from runtime.precision import Precision
+from runtime.precision import NOT_ON_CPU, Precision
 from trainer.config import DEMO, ModelConfig
 
 Stage = Literal["stage1", "stage2", "vqa"]
@@ -69,6 +69,12 @@ def run(
             "export.heads: expected generate or both, found retrieval: a run measures answers. Make a bundle that only "
             f"searches from its stage 1: qforge export {out / STAGE_FOLDERS['stage1']} --heads retrieval"
         )
+    if recipe.export.language_precision in NOT_ON_CPU or set(recipe.export.precisions) <= {*NOT_ON_CPU}:
+        raise InputError(
+            "export.precisions, export.language_precision: expected a bundle that this CPU can run, found BF16 "
+            "alone: a run measures answers. Add fp16 or fp32 to export.precisions, or make the bundle by itself: "
+            "qforge export CKPT --precision bf16 --language-precision bf16"
+        )
     table = steps_of(recipe, out, start)
     if until is not None:
         table = table[: [step.name for step in table].index(until) + 1]
@@ -113,12 +119,16 @@ def steps_of(recipe: Recipe, out: Path, start: Start | None = None) -> list[Step
             output=f"bundle-{precision}",
             action=partial(actions.export_bundle, recipe, precision, out / f"bundle-{first}" if again else None, out),
             settings=reads("data", "export", without="precisions"),
+            files=partial(actions.fingerprint_gate, recipe),
             after=("data", "vqa", *([f"export-{first}"] if again else [])),
             code=EXPORTS,
         )
 
     exports = [exporting(precision, recipe.export.precisions[0]) for precision in recipe.export.precisions]
-    bundles, exported = [out / step.output for step in exports], tuple(step.name for step in exports)
+    exported = tuple(step.name for step in exports)
+    chosen = sorted(recipe.export.precisions, key=lambda precision: precision not in NOT_ON_CPU)
+    bundles = [out / f"bundle-{precision}" for precision in chosen]  # those that can be tried and measured here last
+    measured = [out / f"bundle-{precision}" for precision in chosen if precision not in NOT_ON_CPU]
     return [
         Step(
             name="data",
@@ -136,7 +146,7 @@ def steps_of(recipe: Recipe, out: Path, start: Start | None = None) -> list[Step
             name="verify",
             does="replaying the recorded PyTorch outputs on this machine",
             output="steps/verification",
-            action=partial(actions.verify_bundles, bundles),
+            action=partial(actions.verify_bundles, measured),
             after=exported,
             code=FACE,
         ),
@@ -144,7 +154,7 @@ def steps_of(recipe: Recipe, out: Path, start: Start | None = None) -> list[Step
             name="bench",
             does="measuring the bundles against eager PyTorch",
             output="steps/bench",
-            action=partial(actions.bench, recipe, bundles, out),
+            action=partial(actions.bench, recipe, measured, out),
             settings=reads("data", "bench"),
             after=("data", "vqa", *exported),
             code=MEASURES,

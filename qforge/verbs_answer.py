@@ -6,6 +6,7 @@ from pathlib import Path
 import runtime
 from qforge.console import Outcome
 from runtime.answers import Answer, Request
+from runtime.backends import Device
 
 
 def caption(
@@ -13,12 +14,12 @@ def caption(
     images: Sequence[Path],
     prompt: str | None,
     max_new_tokens: int | None,
-    backend: str,
-    threads: int | None,
+    image_size: int | None,
+    device: Device,
 ) -> Outcome:
     """One line per image."""
-    requests = [Request(image, prompt=prompt) for image in images]
-    answers = _answer(bundle, requests, max_new_tokens, backend, threads)
+    requests = [Request(image, prompt=prompt, image_size=image_size) for image in images]
+    answers = _answer(bundle, requests, max_new_tokens, device)
     many = len(answers) > 1
     return _outcome(answers, [f"{answer.image}: {answer.text}" if many else answer.text for answer in answers])
 
@@ -29,20 +30,18 @@ def vqa(
     questions: Sequence[str],
     prompt: str | None,
     max_new_tokens: int | None,
-    backend: str,
-    threads: int | None,
+    image_size: int | None,
+    device: Device,
 ) -> Outcome:
     """One line per question."""
-    requests = [Request(image, question, prompt) for question in questions]
-    answers = _answer(bundle, requests, max_new_tokens, backend, threads)
+    requests = [Request(image, question, prompt, image_size) for question in questions]
+    answers = _answer(bundle, requests, max_new_tokens, device)
     many = len(answers) > 1
     return _outcome(answers, [f"{answer.question} {answer.text}" if many else answer.text for answer in answers])
 
 
-def _answer(
-    bundle: Path, requests: Sequence[Request], max_new_tokens: int | None, backend: str, threads: int | None
-) -> list[Answer]:
-    with runtime.load(bundle, backend, threads) as pipeline:
+def _answer(bundle: Path, requests: Sequence[Request], max_new_tokens: int | None, device: Device) -> list[Answer]:
+    with runtime.load(bundle, device.backend, device.threads, provider=device.provider) as pipeline:
         return pipeline.answer(requests, max_new_tokens=max_new_tokens)
 
 

@@ -2,21 +2,23 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from export.config import Heads
 from qforge.actions import manifests_of, measure
 from qforge.console import Outcome, must_be_ours
 from qforge.evaluation import evaluate_rows, kind_of, open_answerer
 from qforge.recipe import Recipe, load_recipe
+from qforge.verbs_build import engines_of
+from runtime.backends import Device
 from runtime.bundle import read_bundle
 from runtime.dataset import read_manifest
 from runtime.errors import InputError, require
-from runtime.precision import LanguagePrecision, Precision
+from runtime.precision import CALIBRATED, Precision
 from runtime.progress import Progress
+from runtime.provider import Provider
 from runtime.replay import replay
 
 
@@ -24,20 +26,35 @@ def export(
     checkpoint: Path,
     out: Path,
     precision: Precision,
-    language_precision: LanguagePrecision | None,
-    heads: Heads | None,
     calibration: Sequence[Path],
+    reuse: Path | None,
+    options: Mapping[str, object],
     overrides: Sequence[str],
 ) -> Outcome:
-    """A verified bundle at `out`."""
+    """A verified bundle at `out`, and the size and latency of its graphs.
+
+    `options` are settings of the export section, None where they were not given.
+    """
     must_be_ours(out, "manifest.json")
-    if language_precision is not None:
-        overrides = [*overrides, f"export.language_precision={language_precision}"]
-    if heads is not None:
-        overrides = [*overrides, f"export.heads={heads}"]
-    recipe = _recipe_of(checkpoint, overrides)
+    if options["range_method"] is not None and precision not in CALIBRATED:
+        raise InputError(
+            f"--range-method: expected --precision {' or '.join(CALIBRATED)} beside it, found {precision}, which has "
+            f"no ranges to find; leave it out"
+        )
+    recipe = _recipe_of(checkpoint, _overriding(overrides, options))
     require("onnx", extra="export", why="Exporting")
+    from export.calibrate import source_of
+    from export.latency import read_latency, table
     from export.pipeline import export_bundle
+
+    gated = [name for name, value in options.items() if name.startswith("gate.") and value is not None]
+    if gated and recipe.export.gate.max_drop is None:
+        flag = f"--{gated[0].replace('.', '-').replace('_', '-')}"
+        raise InputError(f"{flag}: expected --max-drop beside it, found none; without it nothing is measured.")
+    fixed = [name for name in ("calibration_images", "range_method") if options[name] is not None]
+    if fixed and source_of(calibration).record:
+        flag = f"--{fixed[0].replace('_', '-')}"
+        raise InputError(f"{flag}: expected none beside a calibration record, which states it; leave out one of them.")
 
     export_bundle(
         checkpoint,
@@ -46,27 +63,68 @@ def export(
         precision=precision,
         calibration=calibration,
         recipe_yaml=recipe.to_yaml(),
-        reuse=None,
+        reuse=reuse,
         progress=Progress(),
     )
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    return Outcome({"bundle": str(out), "precision": precision, "bytes": size}, f"Bundle: {out} ({_mib(size)})")
+    manifest, timings = read_bundle(out, check_hashes=False).manifest, read_latency(out)
+    text = f"Bundle: {out} ({_mib(size)})\n{table(manifest, timings)}\nLatency: medians on this machine's CPU."
+    data = {"bundle": str(out), "precision": precision, "bytes": size, "latency": [asdict(t) for t in timings]}
+    return Outcome(data, text)
 
 
-def verify(bundle: Path, backend: str) -> Outcome:
-    """A line per recorded output; exit 1 when one is missed."""
-    checks = replay(read_bundle(bundle), backend)
+def export_triton(
+    bundle: Path, out: Path, engine: Literal["onnxruntime", "tensorrt"], max_batch: int | None, instances: int
+) -> Outcome:
+    """A model repository at `out`."""
+    from export.triton.repository import CHAIN, write_repository
+
+    write_repository(read_bundle(bundle), out, engine=engine, max_batch=max_batch, instances=instances)
+    models = sorted(path.parent.name for path in out.glob("*/config.pbtxt"))
+    text = f"Triton repository: {out} ({', '.join(models)}). Ask the model '{CHAIN}'; {out / 'README.md'} says how."
+    return Outcome({"repository": str(out), "models": models, "engine": engine}, text)
+
+
+def calibrate(
+    checkpoint: Path, data: Sequence[Path], out: Path, options: Mapping[str, object], overrides: Sequence[str]
+) -> Outcome:
+    """A calibration record at `out`."""
+    recipe = _recipe_of(checkpoint, _overriding(overrides, options))
+    require("onnx", extra="export", why="Calibrating")
+    from export.calibrate import calibrate
+
+    found = calibrate(checkpoint, out, recipe.export, data=data, progress=Progress())
+    tensors = {name: len(of_graph) for name, of_graph in found.ranges.items()}
+    facts = {"count": found.count, "seed": found.seed, "method": found.method, "data_sha256": found.data_sha256}
+    text = f"Calibration: {out} ({found.count} images, {sum(tensors.values())} ranges, {found.method})"
+    return Outcome({"calibration": str(out), **facts, "ranges": tensors}, text)
+
+
+def verify(bundle: Path, device: Device, polygraphy: Path | None) -> Outcome:
+    """A line per recorded output; exit 1 when one is missed. `polygraphy` names a folder for the recording."""
+    opened = read_bundle(bundle)
+    commands = list[str]()
+    if polygraphy is not None:
+        from export.polygraphy_files import write_polygraphy_files
+
+        commands = write_polygraphy_files(opened, polygraphy)
+    checks = replay(opened, device)
     lines = [
         f"{'ok    ' if check.ok else 'FAILED'} {check.graph} {check.output}: "
         f"error {check.max_error:.2e}, {check.tolerance:.2e} allowed"
         for check in checks
     ]
     failed = sum(not check.ok for check in checks)
-    verdict = f"{len(checks) - failed} of {len(checks)} checks hold on backend {backend}."
+    verdict = (
+        f"{len(checks) - failed} of {len(checks)} checks hold on backend {device.backend}, provider {device.provider}."
+    )
     # JSON has no infinity, which is the error of a NaN or of a wrong shape.
     errors = [check.max_error if math.isfinite(check.max_error) else None for check in checks]
     found = [asdict(c) | {"max_error": error, "ok": c.ok} for c, error in zip(checks, errors, strict=True)]
-    data = {"ok": not failed, "backend": backend, "checks": found}
+    data: dict[str, Any] = {"ok": not failed, "backend": device.backend, "provider": device.provider, "checks": found}
+    if polygraphy is not None:
+        verdict += "\n" + "\n".join([f"Recorded inputs and outputs for Polygraphy: {polygraphy}", *commands])
+        data["polygraphy"] = commands
     return Outcome(data, "\n".join([*lines, verdict]), 1 if failed else 0)
 
 
@@ -80,20 +138,29 @@ def evaluate(
     manifest: Path,
     task: Literal["caption", "vqa"],
     batch_size: int,
-    backend: str,
-    threads: int | None,
+    image_size: int | None,
+    device: Device,
 ) -> Outcome:
     """Metrics of one data set."""
     rows = read_manifest(manifest)
-    with open_answerer(path, backend, threads) as answerer:
-        evaluation = evaluate_rows(answerer, rows, task, batch_size, manifest.name)
+    with open_answerer(path, device) as answerer:
+        evaluation = evaluate_rows(answerer, rows, task, batch_size, manifest.name, image_size)
     lines = [f"{name}: {100 * value:.2f} % of {evaluation.n}" for name, value in evaluation.metrics.items()]
     return Outcome(evaluation.as_json(), "\n".join(lines))
 
 
-def bench(bundles: Sequence[Path], against: Path, out: Path, root: Path | None, overrides: Sequence[str]) -> Outcome:
+def bench(
+    bundles: Sequence[Path],
+    against: Path,
+    out: Path,
+    root: Path | None,
+    provider: Provider | None,
+    overrides: Sequence[str],
+) -> Outcome:
     """result.json, report.md and answers.png in `out`."""
     must_be_ours(out, "result.json")
+    if provider is not None:
+        overrides = [*overrides, f"bench.provider={provider}"]
     recipe = _recipe_of(against, overrides)
     config = recipe.data if root is None else recipe.data.model_copy(update={"root": root})
     if config.root is None:
@@ -111,13 +178,21 @@ def _recipe_of(checkpoint: Path, overrides: Sequence[str]) -> Recipe:
     return load_recipe(checkpoint / "recipe.yaml", overrides)
 
 
+def _overriding(overrides: Sequence[str], options: Mapping[str, object]) -> list[str]:
+    """Options of the command line as overrides of the recipe's export section."""
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    return [*overrides, *(f"export.{key}={json.dumps(value)}" for key, value in given.items() if value is not None)]
+
+
 def _inspect_bundle(path: Path) -> Outcome:
-    manifest = read_bundle(path).manifest
+    bundle = read_bundle(path)
+    manifest, (engines, engine_lines) = bundle.manifest, engines_of(bundle)
     model, limits = manifest.model, manifest.limits
     lines = [
         f"bundle, format {manifest.format}, {manifest.precision}",
         f"model: {model.queries} queries of width {model.qformer_width}",
-        f"pixels: {manifest.preprocess.height} x {manifest.preprocess.width}, {manifest.preprocess.resample}",
+        f"pixels: {manifest.preprocess.height} x {manifest.preprocess.width}, {manifest.preprocess.resample}"
+        + "".join(f", or {side} x {side}" for side in limits.image_sizes),
         f"batch: at most {limits.max_batch}",
     ]
     if model.language_width is not None:
@@ -132,8 +207,10 @@ def _inspect_bundle(path: Path) -> Outcome:
     for name, graph in manifest.graphs.items():
         size = graph.bytes + (graph.data.bytes if graph.data else 0)
         lines.append(f"graph {name}: {', '.join(graph.inputs)} -> {', '.join(graph.outputs)} ({_mib(size)})")
+    lines += engine_lines
     lines.append("made by " + ", ".join(f"{name} {version}" for name, version in manifest.made_by.items()))
-    return Outcome({"kind": "bundle", "manifest": manifest.model_dump(mode="json")}, "\n".join(lines))
+    data = {"kind": "bundle", "manifest": manifest.model_dump(mode="json"), "engines": engines}
+    return Outcome(data, "\n".join(lines))
 
 
 def _inspect_checkpoint(path: Path) -> Outcome:

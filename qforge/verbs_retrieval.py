@@ -1,6 +1,7 @@
 """The verbs that search: index, search, and the retrieval task of evaluate; torch only to score a checkpoint."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ from qforge.console import Outcome, must_be_ours
 from qforge.contact_sheet import Result, draw_results
 from qforge.evaluation import open_retriever
 from runtime import load_retrieval
+from runtime.backends import Device
 from runtime.dataset import read_manifest
 from runtime.errors import DataError, InputError, MissingFile
 from runtime.index import INDEX, Dtype, Index, write_image_index, write_text_index
 from runtime.progress import Progress
 from runtime.recall import AT, evaluate_retrieval
+from runtime.retrieval import Retrieval
 from runtime.search import Hit, check_counts
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -29,18 +32,19 @@ def index(
     texts: bool,
     small: bool,
     dtype: Dtype,
-    backend: str,
-    threads: int | None,
+    device: Device,
 ) -> Outcome:
     """An index at `out`."""
     must_be_ours(out, INDEX)
-    found = list(_texts_of(sources)) if texts else list(_images_of(sources))
-    with load_retrieval(bundle, backend, threads) as retrieval:
-        if texts:
-            facts = write_text_index(retrieval, [str(text) for text in found], out, dtype=dtype, progress=Progress())
-        else:
-            images = [Path(path) for path in found]
-            facts = write_image_index(retrieval, images, out, dtype=dtype, keep_embeds=not small, progress=Progress())
+    if texts and small:
+        raise InputError("--small: an index of texts keeps no embeddings of images; leave the option out")
+    write = (
+        partial(write_text_index, texts=list(_texts_of(sources)))
+        if texts
+        else partial(write_image_index, images=list(_images_of(sources)), keep_embeds=not small)
+    )
+    with _open(bundle, device) as retrieval:
+        facts = write(retrieval, out=out, dtype=dtype, progress=Progress())
     size = sum(file.stat().st_size for file in out.iterdir())
     lines = [f"Index: {out} ({facts.count} {facts.kind}, {size / 2**20:.1f} MiB)"]
     if facts.broken:
@@ -60,15 +64,14 @@ def search(
     candidates: int,
     picture: Path | None,
     bundle: Path | None,
-    backend: str,
-    threads: int | None,
+    device: Device,
 ) -> Outcome:
     """A block of lines per query, best first."""
     if bool(texts) == bool(images):
         raise InputError('search: expected either texts or --image, such as: qforge search INDEX "a red circle"')
     check_counts(top, candidates)
     opened = Index(folder)
-    with load_retrieval(_bundle_of(opened, bundle), backend, threads) as retrieval:
+    with _open(_bundle_of(opened, bundle), device) as retrieval:
         if texts:
             hits = opened.find_images(retrieval, texts, top=top, candidates=candidates)
         else:
@@ -85,10 +88,10 @@ def search(
     )
 
 
-def evaluate(path: Path, manifest: Path, candidates: int, backend: str, threads: int | None) -> Outcome:
+def evaluate(path: Path, manifest: Path, candidates: int, device: Device) -> Outcome:
     """Recall on one data set."""
     rows = read_manifest(manifest)
-    with open_retriever(path, backend, threads) as retriever:
+    with open_retriever(path, device) as retriever:
         found = evaluate_retrieval(retriever, rows, candidates=candidates, progress=Progress())
     lines = [f"{found.images} images, {found.texts} captions, {candidates or 'no'} candidates re-ranked"]
     for direction in ("text_to_image", "image_to_text"):
@@ -98,6 +101,10 @@ def evaluate(path: Path, manifest: Path, candidates: int, backend: str, threads:
             if shown:
                 lines.append(f"{direction.replace('_', ' ')}, {name}: {'  '.join(shown)}")
     return Outcome(found.as_json(), "\n".join(lines))
+
+
+def _open(bundle: Path, device: Device) -> Retrieval:
+    return load_retrieval(bundle, device.backend, device.threads, device.provider)
 
 
 def _images_of(sources: Sequence[Path]) -> Iterable[Path]:

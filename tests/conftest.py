@@ -1,4 +1,4 @@
-"""What every test gets: no network, no more threads than cores, and the versions at the head of the run."""
+"""What every test gets: no network, versions at the head of the run, and a place in the order of several workers."""
 
 import importlib.metadata
 import os
@@ -20,10 +20,15 @@ LIBRARIES = (
     "pydantic",
     "typer",
 )
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+TOGETHER = ("export", "trainer/convert", "test_readme.py", "benchmarks", "qforge/test_interrupted_run.py")
+"""Handed to one worker whole (`make test` has two), the longest first: a folder's tests share what is slow to make."""
 LOOPBACK = {"127.0.0.1", "::1", "localhost", "", None}
 
-# Before any test imports a hub client; `qforge` run as a subprocess inherits it.
+# Before any test imports a hub client or torch; `qforge` run as a subprocess inherits both.
 os.environ["HF_HUB_OFFLINE"] = "1"
+if WORKER:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other workers have the other cores
 
 
 def pytest_report_header() -> list[str]:
@@ -35,6 +40,31 @@ def pytest_report_header() -> list[str]:
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"{name} absent")
     return [f"machine: {platform.machine()}, {os.cpu_count()} CPUs", "versions: " + ", ".join(versions)]
+
+
+def group(nodeid: str) -> str:
+    """The tests that go to one worker: a row of `TOGETHER`, or else a file."""
+    file = nodeid.partition("::")[0].removeprefix("tests/")
+    return next((place for place in TOGETHER if file.startswith(place)), file)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Workers are handed what comes first, first."""
+    if WORKER:
+        items.sort(key=lambda item: (*TOGETHER, group(item.nodeid)).index(group(item.nodeid)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Groups to workers, in order; xdist 3.8's own `--dist loadgroup` sees no groups under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByGroup(config, log)
 
 
 @pytest.fixture(autouse=True)

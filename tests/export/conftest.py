@@ -1,6 +1,8 @@
 """A tiny model with random weights, exported once per run in fp32 and in INT8, and real pictures to judge it on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from trainer.demo_world import write_demo_world
 
 QUIET = Progress(quiet=True)
 CONFIG = ExportConfig(calibration_images=12, verification_images=6, max_batch=5, language_precision="int8")
+WIDE = CONFIG.model_copy(update={"language_precision": "fp32", "fused": True, "image_sizes": (24, 20)})
 FP32 = CONFIG.model_copy(update={"language_precision": "fp32"})
 
 
@@ -89,6 +92,35 @@ def bundle_fp32(checkpoint: Path, manifests: list[Path], tmp_path_factory: pytes
 def export(checkpoint: Path, manifests: list[Path], bundle_fp32: Bundle) -> Export:
     """Reuses the traced graphs, so one more export takes about a second."""
     return Export(checkpoint, manifests, bundle_fp32.path)
+
+
+FORMS = {
+    "fp16": ("fp16", "fp16", "onnxruntime"),
+    "bf16": ("bf16", "bf16", "onnxruntime"),
+    "fp8": ("fp8", "int4", "onnxruntime"),
+    "int8-tensorrt": ("int8", "int8", "tensorrt"),
+    "fp8-tensorrt": ("fp8", "int4", "tensorrt"),
+}
+"""Name → precision, of the language model, target; fp32 and INT8 for ONNX Runtime have fixtures of their own."""
+
+
+@pytest.fixture(scope="session")
+def form_of(export: Export, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    """A row of `FORMS` as a bundle, exported when it is first asked for."""
+
+    @cache
+    def bundle(form: str) -> Bundle:
+        precision, language, target = FORMS[form]
+        config = FP32.model_copy(update={"language_precision": language, "target": target})
+        return read_bundle(export(tmp_path_factory.mktemp(form) / "bundle", config, precision=precision))
+
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def bundle_wide(export: Export, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Several image sizes, and a graph for captions; embed and language are taken over."""
+    return read_bundle(export(tmp_path_factory.mktemp("bundles") / "wide", WIDE))
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from export.graphs import Arrays, Graph
 from export.judge import Judge
 from export.verify import verify
 from runtime.answers import Request
+from runtime.backends import Device
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed
 from runtime.pipeline import Pipeline
@@ -92,7 +93,7 @@ def test_answers_equal_transformers_generate(bundle_fp32: Bundle, model: Blip2, 
     """One batch of unequal prompts, captions beside questions, both with prompts of their own."""
     batch = [*requests[:3], replace(requests[1], prompt="well, {}"), replace(requests[2], prompt="a picture of two")]
     expected = EagerPipeline(model).answer(batch)
-    with Pipeline(bundle_fp32, backend="ort", threads=1, cache_bytes=0) as pipeline:
+    with Pipeline(bundle_fp32, device=Device(threads=1), cache_bytes=0) as pipeline:
         together = [answer.token_ids for answer in pipeline.answer(batch)]
         alone = [pipeline.answer([request])[0].token_ids for request in batch]
     assert together == alone == [answer.token_ids for answer in expected]

@@ -6,6 +6,7 @@ import pytest
 
 from qforge.evaluation import evaluate_rows, kind_of, open_answerer, reporting
 from runtime.answers import Answer, Request
+from runtime.backends import CPU
 from runtime.dataset import Row
 from runtime.errors import InputError, MissingFile
 
@@ -17,9 +18,9 @@ def test_kind_is_read_off_the_folder(file: str, kind: str, tmp_path: Path) -> No
 
 
 def test_neither_bundle_nor_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="found neither"), open_answerer(tmp_path, "ort", None):
+    with pytest.raises(InputError, match="found neither"), open_answerer(tmp_path, CPU):
         pass
-    with pytest.raises(MissingFile, match="found nothing there"), open_answerer(tmp_path / "no", "ort", None):
+    with pytest.raises(MissingFile, match="found nothing there"), open_answerer(tmp_path / "no", CPU):
         pass
 
 

@@ -305,6 +305,22 @@ def test_rebuilt_halves_take_the_place_of_the_shipped_ones(demo: Recipe) -> None
     assert "halves" not in {step.name for step in steps_of(demo, Path("out"))}
 
 
+def test_a_bundle_for_a_gpu_is_made_and_not_measured(demo: Recipe) -> None:
+    recipe = load_recipe(ROOT / "recipes" / "demo.yaml", ["export.precisions=[bf16, fp16]"])
+    steps = {step.name: step for step in steps_of(recipe, Path("out"))}
+    assert {"export-bf16", "export-fp16"} <= set(steps["bench"].after)
+    assert steps["verify"].action.args[0] == [Path("out/bundle-fp16")]
+    assert steps["bench"].action.args[1] == [Path("out/bundle-fp16")]
+
+
+@pytest.mark.parametrize("override", ["export.precisions=[bf16]", "export.language_precision=bf16"])
+def test_a_run_of_bf16_alone_does_not_start(override: str, tmp_path: Path) -> None:
+    recipe = load_recipe(ROOT / "recipes/smoke.yaml", [override])
+    with pytest.raises(InputError, match=r"expected a bundle that this CPU can run, found BF16 alone"):
+        run_recipe(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_that_could_not_be_measured_does_not_start(tmp_path: Path) -> None:
     recipe = load_recipe(ROOT / "recipes/smoke.yaml", ["export.heads=retrieval"])
     with pytest.raises(InputError, match=r"a run measures answers\. .*qforge export .*stage1 --heads retrieval"):

@@ -123,6 +123,7 @@ def test_wrong_use_is_one_sentence(world: Path, capsys: pytest.CaptureFixture[st
             ["index", "bundle", "photos", "--texts", "--out", "no"],
             "photos: expected a manifest (.jsonl) or a text",
         ),
+        (["index", "bundle", "texts.txt", "--texts", "--small", "--out", "no"], "--small: an index of texts keeps no"),
         (["index", "bundle", "latin.txt", "--texts", "--out", "no"], "latin.txt: expected UTF-8 text"),
         (["index", "bundle", "photos", "--out", "mine"], "mine holds files but no index.json"),
         (["caption", "bundle", "photos/red.png"], "bundle: this bundle searches and cannot answer"),
