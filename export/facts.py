@@ -3,9 +3,13 @@
 import hashlib
 import importlib.metadata
 import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from export.config import ExportConfig, Heads
+from export.trace import ONNX_FOLDER, describe
+from runtime.bundle import Bundle, write_manifest
 from runtime.errors import InputError
 from runtime.files import sha256_of
 from runtime.manifest import Generation, Limits, Manifest, ModelFacts, Prompts
@@ -17,6 +21,47 @@ from trainer.checkpoint import WEIGHTS
 UNSTATED_POSITIONS = 512
 """Positions of a language model that has no table of them (T5's are relative): what T5 was trained with."""
 LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "nncf")
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What the manifest of a bundle says besides its files, settled before the first of them is written."""
+
+    model: Blip2
+    heads: Heads
+    config: ExportConfig
+    limits: Limits
+    made_by: dict[str, str]
+    graphs: tuple[str, ...]
+    """Names in the manifest's order; others come last."""
+
+    def bundle(
+        self,
+        folder: Path,
+        precision: Precision,
+        language_precision: LanguagePrecision,
+        made_from: Mapping[str, str],
+    ) -> Bundle:
+        """State a folder, as it is now, as a real bundle, which is what gets verified.
+
+        `made_from` has the hash of what each graph was made from, where it is known.
+        """
+        found = {file.stem: file for file in sorted((folder / ONNX_FOLDER).glob("*.onnx"))}
+        names = [*(name for name in self.graphs if name in found), *(name for name in found if name not in self.graphs)]
+        manifest = write_manifest(
+            folder,
+            model=model_facts(self.model, self.heads),
+            precision=precision,
+            language_precision=language_precision,
+            target=self.config.target,
+            limits=self.limits,
+            preprocess=self.model.preprocess,
+            prompts=prompts(self.model, self.heads),
+            generation=generation(self.model, self.heads),
+            graphs={name: replace(describe(found[name]), made_from=made_from.get(name)) for name in names},
+            made_by=self.made_by,
+        )
+        return Bundle(folder, manifest)
 
 
 def precision_of(manifest: Manifest, graph: str) -> Precision | LanguagePrecision:

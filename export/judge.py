@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from export.config import Tolerance
+from export.eager import require_finite
 from export.graphs import Arrays, Graph
 from runtime.backends import Engine
 from runtime.closing import Closing
-from runtime.errors import CheckFailed
 from runtime.precision import LanguagePrecision, Precision
 from runtime.reference import GraphCase
 from runtime.replay import relative_error
@@ -74,8 +74,9 @@ class Judge(Closing):
         """
         wide = {name: array.astype(np.float32) if array.dtype == np.float16 else array for name, array in feeds.items()}
         expected, found = self._graph.run_eager(wide), self._engine.run(feeds)
-        self._require_finite(expected, "eager PyTorch gives", "the checkpoint is damaged")
-        self._require_finite(found, f"the {self._precision} graph gives", "eager PyTorch does not")
+        named = f"graph '{self._graph.name}'"
+        require_finite(expected, f"{named}: eager PyTorch gives", "the checkpoint is damaged")
+        require_finite(found, f"{named}: the {self._precision} graph gives", "eager PyTorch does not")
         case = self._case(feeds)
         for name in expected:
             self._compare(case, name, *(self._seen(side[name], name, feeds) for side in (expected, found)))
@@ -107,44 +108,11 @@ class Judge(Closing):
         seen_BhLd: npt.NDArray[Any] = array * feeds["attention_mask"][:, None, :, None]
         return seen_BhLd
 
-    def _require_finite(self, outputs: Arrays, who: str, why: str) -> None:
-        bad = {name: 1 - float(np.isfinite(array).mean()) for name, array in outputs.items()}
-        worst = max(bad, key=lambda name: bad[name])
-        if bad[worst]:
-            raise CheckFailed(
-                f"graph '{self._graph.name}': {who} NaN or infinity in {100 * bad[worst]:.2g} % of '{worst}'; {why}"
-            )
-
     def _recorded(self, case: str, feeds: Mapping[str, npt.NDArray[Any]], expected: Arrays) -> GraphCase:
         """Without outputs at hidden positions, which nobody reads and no two engines agree on."""
         hidden = self._graph.hidden if case == "prefill" and not feeds["attention_mask"].all() else frozenset[str]()
         kept = {name: array for name, array in expected.items() if name not in hidden}
         return GraphCase(self._graph.name, case, dict(feeds), kept, dict.fromkeys(kept, self._tolerance.max_error))
-
-
-class Unjudged(Closing):
-    """Stands for a graph that is not to be judged here: PyTorch computes it; satisfies `runtime.backends.Engine`."""
-
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
-
-    def inputs(self) -> dict[str, tuple[int | str, ...]]:
-        """As in the graph's table."""
-        return {
-            name: tuple(plan.varying.get(axis, size) for axis, size in enumerate(plan.example.shape))
-            for name, plan in self._graph.inputs.items()
-        }
-
-    def outputs(self) -> dict[str, tuple[int | str, ...]]:
-        """Names alone: the table does not say the fixed sizes of an output."""
-        return dict.fromkeys(self._graph.outputs, ())
-
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        """PyTorch's outputs."""
-        return self._graph.run_eager(feeds)
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 def _case_of(feeds: Mapping[str, npt.NDArray[Any]]) -> str:

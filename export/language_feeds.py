@@ -4,11 +4,11 @@ The runtime's own decode loop drives a `Recorder` per graph, so batches are padd
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
-from export.graphs import Arrays, Graph
-from export.recording import Recorder
+from export.eager import Eager, Recorder
+from export.feeds import StoredFeeds
+from export.graphs import Graph
 from export.verify import request_tokens
 from runtime.answers import Request
 from runtime.bundle import Bundle
@@ -27,22 +27,21 @@ TOKENS = 3
 
 def language_feeds(
     bundle: Bundle, model: Blip2, graphs: Mapping[str, Graph], requests: Sequence[Request], folder: Path
-) -> dict[str, list[Arrays]]:
-    """Inputs by graph, as views of files in `folder`; `bundle` is the one in fp32.
+) -> dict[str, StoredFeeds]:
+    """Inputs by graph, kept in `folder`; `bundle` is the one in fp32.
 
     Raises:
         CheckFailed: eager PyTorch gives NaN or infinity.
     """
     manifest, some = bundle.manifest, requests[:REQUESTS]
-    folder.mkdir()
-    with ExitStack() as opened:
-        recorders = {name: opened.enter_context(Recorder(graph, folder)) for name, graph in graphs.items()}
-        encoder = ImageEncoder(recorders["vision"], recorders["qformer"], QueryCache(0), manifest)
-        decoder = open_decoder(manifest, recorders.__getitem__)
-        for start in range(0, len(some), manifest.limits.max_batch):
-            batch = some[start : start + manifest.limits.max_batch]
-            prompts, questions = request_tokens(bundle, model, batch)
-            pixels_BCHW = preprocess_batch([request.image for request in batch], model.preprocess)
-            prefix_BQD = encoder.encode(pixels_BCHW, questions, Stopwatch())
-            decoder.generate(prefix_BQD, prompts, min(TOKENS, manifest.limits.max_new_tokens), Stopwatch())
-    return {name: [run.inputs for run in recorders[name].recording] for name in LANGUAGE_GRAPHS[manifest.model.style]}
+    feeds = {name: StoredFeeds(folder / name) for name in LANGUAGE_GRAPHS[manifest.model.style]}
+    engines = {name: Recorder(graph, feeds[name]) if name in feeds else Eager(graph) for name, graph in graphs.items()}
+    encoder = ImageEncoder(engines["vision"], engines["qformer"], QueryCache(0), manifest)
+    decoder = open_decoder(manifest, engines.__getitem__)
+    for start in range(0, len(some), manifest.limits.max_batch):
+        batch = some[start : start + manifest.limits.max_batch]
+        prompts, questions = request_tokens(bundle, model, batch)
+        pixels_BCHW = preprocess_batch([request.image for request in batch], model.preprocess)
+        prefix_BQD = encoder.encode(pixels_BCHW, questions, Stopwatch())
+        decoder.generate(prefix_BQD, prompts, min(TOKENS, manifest.limits.max_new_tokens), Stopwatch())
+    return feeds

@@ -28,17 +28,18 @@ from export.precision.kept import REPORT
 from export.precision.plan import Writer, report, writers_for
 from export.probes import probe
 from export.ranges import Ranges, written_ranges
-from export.retrieval_graphs import TRAINS_HEADS, chosen_heads, graph_set
-from export.retrieval_verify import draw_pairs, judge_retrieval, verify_retrieval
+from export.retrieval_graphs import TRAINS_HEADS, GraphSet, chosen_heads, graph_set
+from export.retrieval_verify import Pair, draw_pairs, judge_retrieval, verify_retrieval
 from export.static_verify import judge_static, write_static
-from export.trace import ONNX_FOLDER, describe, trace
+from export.trace import ONNX_FOLDER, trace
 from export.verdicts import Verdicts
 from export.verify import at_every_size, judge_graphs, require_parity, verify
-from runtime.bundle import MANIFEST, Bundle, write_manifest
+from runtime.answers import Request
+from runtime.bundle import MANIFEST, Bundle
 from runtime.errors import CheckFailed
 from runtime.files import atomic_folder, scratch_folder, write_json_atomic
 from runtime.pipeline import QFORMER_TOKENIZER, TOKENIZER
-from runtime.precision import CALIBRATED, LanguagePrecision, Precision
+from runtime.precision import CALIBRATED, Precision
 from runtime.progress import Progress
 from runtime.reference import REFERENCE, write_reference
 from runtime.replay import replay
@@ -126,37 +127,16 @@ def export_bundle(
     precisions = {name: writer.precision for name, writer in writers.items()}
     made_from = reuse_by_hash.written_from(traced_from, precisions, config, measured_on)
     known = reuse_by_hash.sources(reuse, out, progress)
+    stated = facts.Stated(model, heads, config, limits, made_by, tuple(graphs.all))
     with atomic_folder(out, replaces=MANIFEST) as folder, scratch_folder(out) as scratch:
-
-        def state(
-            folder: Path, precision: Precision, language_precision: LanguagePrecision, hashes: Mapping[str, str]
-        ) -> Bundle:
-            """A folder as a real bundle, which is what gets verified; `hashes` tells what its graphs were made from."""
-            files = sorted(
-                (folder / ONNX_FOLDER).glob("*.onnx"), key=lambda file: [*graphs.all, file.stem].index(file.stem)
-            )
-            manifest = write_manifest(
-                folder,
-                model=facts.model_facts(model, heads),
-                precision=precision,
-                language_precision=language_precision,
-                target=config.target,
-                limits=limits,
-                preprocess=model.preprocess,
-                prompts=facts.prompts(model, heads),
-                generation=facts.generation(model, heads),
-                graphs={file.stem: replace(describe(file), made_from=hashes.get(file.stem)) for file in files},
-                made_by=made_by,
-            )
-            return Bundle(folder, manifest)
-
+        state = partial(stated.bundle, folder, precision, language_precision, made_from)
         (folder / ONNX_FOLDER).mkdir()
         finished = frozenset[str]() if metric else known.copy(made_from, folder)  # a gate decides anew what is kept
         to_write = {name: writer for name, writer in writers.items() if name not in finished}
         traced = scratch / "fp32"
         _write_tokenizers(model, traced, heads)
         fresh = _traced(graphs.all if to_write else {}, traced_from, traced, known, progress)
-        exact = state(traced, "fp32", "fp32", traced_from)
+        exact = stated.bundle(traced, "fp32", "fp32", traced_from)
         if any(precisions[name] != "fp32" for name in fresh):  # a wrong trace must not pass as noise
             copied = frozenset(graphs.all.keys() - fresh)
             if graphs.answering:
@@ -176,7 +156,7 @@ def export_bundle(
             pairs["calibration"] or pairs["verification"],
             config=config,
             metric=metric,
-            state=partial(state, folder, precision, language_precision, made_from),
+            state=state,
             scratch=scratch,
             progress=progress,
         )
@@ -189,19 +169,12 @@ def export_bundle(
         if ranges := _ranges(folder, writers):
             seen = source.record_of(drawn, pairs["calibration"], made_by, config, ranges, out)
             write_calibration(folder / RECORD, seen)
-        bundle = state(folder, precision, language_precision, made_from)
+        bundle = state()
         judged, emulated = stand_in(bundle, scratch / "emulated")
-        answers, scores = None, None
-        if graphs.answering:
-            answers = verify(judged, model, graphs.answering, checked_on, config, progress)
-            if static is not None:
-                parities = judge_static(bundle, static, answers.cases, config.tolerance(language_precision))
-                require_parity(parities)
-                answers = replace(answers, parities=(*answers.parities, *parities))
-        if graphs.searching:
-            scores = verify_retrieval(judged, model, graphs.searching, pairs["verification"], config, progress)
+        verdict = _verdict(
+            bundle, judged, model, graphs, static, checked_on, pairs["verification"], config=config, progress=progress
+        )
         probed = probe(judged, progress)
-        verdict = Verdicts(answers, scores)
         write_reference(folder / REFERENCE, verdict.cases, *verdict.chains)
         drawn_by = {"calibration_images": len({r.image for r in drawn.calibration}), "seed": config.seed}
         write_json_atomic(folder / "parity.json", verdict.as_json() | drawn_by | {"probes": probed})
@@ -211,10 +184,40 @@ def export_bundle(
         write_latency(folder, timings)
         text = card(bundle.manifest, verdict, stage, timings, probed, lowered.gate)
         (folder / "README.md").write_text(text, encoding="utf-8")
-        bundle = state(folder, precision, language_precision, made_from)
+        bundle = state()
         if emulated and all(entry.on_cpu for entry in bundle.manifest.graphs.values()):
             _require_replay(bundle)
     return out
+
+
+def _verdict(
+    bundle: Bundle,
+    judged: Bundle,
+    model: Blip2,
+    graphs: GraphSet,
+    static: Graph | None,
+    requests: Sequence[Request],
+    pairs: Sequence[Pair],
+    *,
+    config: ExportConfig,
+    progress: Progress,
+) -> Verdicts:
+    """Every graph, every answer and every score judged by eager PyTorch.
+
+    `judged` stands in for the bundle where a CPU rounds otherwise than a GPU. The decoder's static twin, which has its
+    own way, is judged as it is.
+    """
+    answers, scores = None, None
+    if graphs.answering:
+        answers = verify(judged, model, graphs.answering, requests, config, progress)
+        if static is not None:
+            tolerance = config.tolerance(bundle.manifest.language_precision)
+            parities = judge_static(bundle, static, answers.cases, tolerance)
+            require_parity(parities)
+            answers = replace(answers, parities=(*answers.parities, *parities))
+    if graphs.searching:
+        scores = verify_retrieval(judged, model, graphs.searching, pairs, config, progress)
+    return Verdicts(answers, scores)
 
 
 def _require_replay(bundle: Bundle) -> None:

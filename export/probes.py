@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 
+from export.eager import least_finite
 from export.graphs import Arrays
 from runtime.backends import CPU, Engine
 from runtime.bundle import Bundle
@@ -55,12 +56,11 @@ class Probe(Closing):
         """The graph's outputs; CheckFailed when one is not finite."""
         self.runs += 1
         outputs = self._engine.run(feeds)
-        bad = {name: 1 - float(np.isfinite(array).mean()) if array.size else 0.0 for name, array in outputs.items()}
-        worst = max(bad, key=lambda name: bad[name])
-        if bad[worst]:
+        worst, share = least_finite(outputs)
+        if share:
             where = first_broken(self._bundle, self._graph, feeds)
             raise CheckFailed(
-                f"graph '{self._graph}': NaN or infinity in {100 * bad[worst]:.2g} % of '{worst}' on extreme inputs "
+                f"graph '{self._graph}': NaN or infinity in {100 * share:.2g} % of '{worst}' on extreme inputs "
                 f"(black, white or saturated pixels, the longest prompt, no question){where}; keep that part in a "
                 f"wider type; nothing was written"
             )

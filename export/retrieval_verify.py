@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from export.config import ExportConfig
+from export.eager import Eager
 from export.facts import precision_of
 from export.feeds import StoredFeeds
 from export.graphs import Arrays, Graph
-from export.judge import Judge, Parity, Unjudged
+from export.judge import Judge, Parity
 from export.verify import require_parity
 from runtime.answers import Request
 from runtime.backends import CPU
@@ -137,7 +138,7 @@ def judge_retrieval(
             precision = precision_of(bundle.manifest, name)
             judge = Judge(graphs[name], CPU.open(bundle, name), precision, config.tolerance(precision))
             judges[name] = opened.enter_context(judge)
-        chain = RetrievalGraphs(*(judges.get(name) or Unjudged(graphs[name]) for name in GRAPHS))
+        chain = RetrievalGraphs(*(judges.get(name) or Eager(graphs[name]) for name in GRAPHS))
         batches = _batches(pairs, config)
         with progress.bar("verifying retrieval", len(batches), items_per_step=config.max_batch) as bar:
             for batch in batches:

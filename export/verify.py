@@ -14,9 +14,10 @@ from typing import Any
 
 from export.calibration import question_ids
 from export.config import ExportConfig
+from export.eager import Eager
 from export.facts import precision_of
 from export.graphs import Graph
-from export.judge import Judge, Parity, Unjudged
+from export.judge import Judge, Parity
 from runtime.answers import Request
 from runtime.backends import CPU, Engine
 from runtime.bundle import Bundle
@@ -132,7 +133,7 @@ def judge_graphs(
             precision = precision_of(manifest, name)
             judge = Judge(graphs[name], CPU.open(bundle, name), precision, config.tolerance(precision))
             judges[name] = opened.enter_context(judge)
-        engines: dict[str, Engine] = {name: judges.get(name) or Unjudged(graphs[name]) for name in graphs}
+        engines: dict[str, Engine] = {name: judges.get(name) or Eager(graphs[name]) for name in graphs}
         encoder = ImageEncoder(engines["vision"], engines["qformer"], QueryCache(0), manifest)
         decoder = open_decoder(manifest, engines.__getitem__)
         with progress.bar("verifying graphs", len(batches), items_per_step=config.max_batch) as bar:

@@ -22,8 +22,6 @@ from runtime.errors import InputError, MissingFile
 from runtime.settings import Settings
 from trainer.config import DataConfig, ModelConfig, Stage1Config, Stage2Config, VqaConfig
 
-SCHEMA_COMMENT = "# yaml-language-server: $schema="
-
 
 class Recipe(Settings):
     """One whole run: data, model, three training stages, export, benchmark."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,21 +112,12 @@ def text_batch(model: Blip2, texts: list[str]) -> TextBatch:
     return TextBatch(coded["input_ids"], coded["attention_mask"])
 
 
-Half = Literal["vision", "language"]
-"""The frozen halves."""
-
-
-def new_blip2(
-    config: ModelConfig, question_conditioned: bool, parts: Collection[Part] = PARTS, only: Half | None = None
-) -> Blip2:
-    """A model with the halves the recipe names and a fresh bridge (seed it with `torch.manual_seed`).
-
-    With `only`, the other half is a skeleton without weights: it tells sizes and cannot be run.
-    """
+def new_blip2(config: ModelConfig, question_conditioned: bool, parts: Collection[Part] = PARTS) -> Blip2:
+    """A model with the halves the recipe names and a fresh bridge (seed it with `torch.manual_seed`)."""
     return Blip2(
         config,
-        load_vision(config.vision, config.vision_layer, config.image_size, weights=only != "language"),
-        None if config.language is None else load_language(config.language, weights=only != "vision"),
+        load_vision(config.vision, config.vision_layer, config.image_size),
+        None if config.language is None else load_language(config.language),
         None if config.language is None else load_tokenizer(config.language, "language"),
         None if config.text_tokenizer is None else load_tokenizer(config.text_tokenizer, "text"),
         question_conditioned,

@@ -23,7 +23,7 @@ from torch import Tensor
 from runtime.errors import CheckpointError, MissingFile
 from runtime.files import sha256_of
 from runtime.settings import Settings
-from trainer.blip2 import Blip2, Half, new_blip2
+from trainer.blip2 import Blip2, new_blip2
 from trainer.bridge import PARTS, Part, part_of
 from trainer.config import ModelConfig
 from trainer.towers import source_folder
@@ -58,16 +58,12 @@ def resolved(config: ModelConfig, folder: Path) -> ModelConfig:
     return config.model_copy(update={name: str((folder / source).resolve()) for name, source in inside.items()})
 
 
-def _halves(config: ModelConfig, only: Half | None) -> dict[str, str]:
-    """Half → source, of those the model has, or of `only` one."""
-    sources = {"vision": config.vision, "language": config.language}
-    return {half: source for half, source in sources.items() if source is not None and only in (None, half)}
-
-
-def frozen_hashes(config: ModelConfig, only: Half | None = None) -> dict[str, str]:
+def frozen_hashes(config: ModelConfig) -> dict[str, str]:
     """SHA-256 of the weight files of both halves. A hub id is loaded through its cache and recorded without hash."""
     hashes = {}
-    for half, source in _halves(config, only).items():
+    for half, source in (("vision", config.vision), ("language", config.language)):
+        if source is None:
+            continue
         folder = Path(source_folder(source, half))
         for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if folder.is_dir() else []:
             hashes[f"{half}/{path.name}"] = sha256_of(path)
@@ -133,29 +129,24 @@ def read_config(folder: Path) -> CheckpointConfig:
     return config.model_copy(update={"model": resolved(config.model, folder)})
 
 
-def load_checkpoint(folder: Path | str, only: Half | None = None) -> Blip2:
-    """The model of a checkpoint, in eval mode; see the module's text for what is checked.
-
-    With `only`, the other frozen half is a skeleton, and is not checked: a large model then passes through memory half
-    by half.
-    """
+def load_checkpoint(folder: Path | str) -> Blip2:
+    """The model of a checkpoint, in eval mode; see the module's text for what is checked."""
     folder = Path(folder)
     config = read_config(folder)
-    require_halves(folder, config, config.model, only)
-    model = new_blip2(config.model, config.question_conditioned, config.parts, only)
+    require_halves(folder, config, config.model)
+    model = new_blip2(config.model, config.question_conditioned, config.parts)
     load_bridge(model, folder)
     return model.eval()
 
 
-def require_halves(folder: Path, config: CheckpointConfig, model: ModelConfig, only: Half | None = None) -> None:
+def require_halves(folder: Path, config: CheckpointConfig, model: ModelConfig) -> None:
     """CheckpointError unless the halves that `model` names are those the checkpoint was trained with.
 
-    A half that either side does not have is not compared; with `only`, no other than that one.
+    A half that either side does not have is not compared.
     """
-    found = frozen_hashes(model, only)
+    found = frozen_hashes(model)
     for name, expected in config.frozen.items():
-        half = name.partition("/")[0]
-        if half in _halves(model, only) and found.get(name) != expected:
+        if getattr(model, name.partition("/")[0]) is not None and found.get(name) != expected:
             raise CheckpointError(
                 f"{folder}: its frozen {name} had SHA-256 {expected[:12]}…, found {str(found.get(name))[:12]}…; "
                 f"the bridge fits only the halves it was trained with"

@@ -18,17 +18,16 @@ from transformers import (
 )
 
 from runtime.errors import CheckpointError, InputError
-from trainer.towers import load_pretrained, read_hf_config, skeleton, source_folder
+from trainer.towers import load_pretrained, read_hf_config, source_folder
 
 Style = Literal["decoder-only", "encoder-decoder"]
 
 
-def load_language(source: str, weights: bool = True) -> PreTrainedModel:
+def load_language(source: str) -> PreTrainedModel:
     """Frozen language model in fp32 that takes `inputs_embeds`, of either style.
 
-    Without `weights` it is a skeleton that takes no memory and tells sizes. Decoding is greedy and nothing else:
-    penalties, sampling and bans that the folder's generation_config.json asks for are dropped, only its first token for
-    the decoder is kept.
+    Decoding is greedy and nothing else: penalties, sampling and bans that the folder's generation_config.json asks for
+    are dropped, only its first token for the decoder is kept.
 
     Raises:
         MissingFile: no folder that transformers can read. CheckpointError: weights that do not fit the config.
@@ -36,14 +35,11 @@ def load_language(source: str, weights: bool = True) -> PreTrainedModel:
     """
     folder = source_folder(source, "language")
     config = read_hf_config(folder)
-    kind = language_class(config)
-    model = load_pretrained(kind, folder, unexpected="refused") if weights else skeleton(kind, folder)
-    model.requires_grad_(False).eval()
+    model = load_pretrained(language_class(config), folder, unexpected="refused").requires_grad_(False).eval()
     require_prefix(model)
     start = None
     if style_of(model) == "encoder-decoder":
-        if weights:
-            _require_one_table(model, folder)
+        _require_one_table(model, folder)
         start = model.generation_config.decoder_start_token_id
         start = getattr(config, "decoder_start_token_id", None) if start is None else start
         if start is None:

@@ -91,20 +91,18 @@ def source_folder(source: str, half: str) -> str:
     return str(folder)
 
 
-def load_vision(source: str, layer: int, image_size: int | None = None, weights: bool = True) -> VisionTower:
+def load_vision(source: str, layer: int, image_size: int | None = None) -> VisionTower:
     """Vision tower from a local folder or hub id; of a two-tower model (CLIP, SigLIP) the vision half.
 
-    `image_size` (pixels) is the side it shall read; None: its own. Without `weights` it is a skeleton that takes no
-    memory and tells sizes.
+    `image_size` (pixels) is the side it shall read; None: its own.
     """
     folder = source_folder(source, "vision")
-    kind = _vision_class(folder)
-    model = load_pretrained(kind, folder, unexpected="left") if weights else skeleton(kind, folder)
+    model = load_pretrained(_vision_class(folder), folder, unexpected="left")
     model = getattr(model, "vision_model", model)
     layers = int(model.config.num_hidden_layers)
     if not -layers - 1 <= layer <= layers:
         raise InputError(f"model.vision_layer: expected -{layers + 1} to {layers} for {folder}, found {layer}")
-    if weights and image_size is not None and image_size != _side(model.config):
+    if image_size is not None and image_size != _side(model.config):
         _resize_positions(model, image_size, folder)
     return VisionTower(model, layer, read_preprocess(folder, model.config, image_size))
 
@@ -207,14 +205,6 @@ def load_pretrained(kind: Any, folder: str, *, unexpected: Literal["left", "refu
         raise CheckpointError(f"{folder}: {key} expected shape {list(expected)} by config.json, found {list(found)}")
     if (more := sorted(report["unexpected_keys"])) and unexpected == "refused":
         raise CheckpointError(f"{folder} has {len(more)} weights its config does not know, the first is {more[0]}")
-    return model
-
-
-def skeleton(kind: Any, folder: str) -> PreTrainedModel:
-    """The model without weights, on torch's meta device."""
-    make = getattr(kind, "from_config", None) or kind._from_config  # automatic classes have the one, models the other
-    with torch.device("meta"):
-        model: PreTrainedModel = make(read_hf_config(folder))
     return model
 
 

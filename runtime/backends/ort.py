@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy.typing as npt
 
 from runtime.backends.cores import physical_cores
 from runtime.backends.providers import available_providers, execution_provider, require_taken
+from runtime.closing import Closing
 from runtime.errors import BackendUnavailable, BundleError, require
 from runtime.provider import Provider
 
 
-class OrtEngine:
+class OrtEngine(Closing):
     """One ONNX graph in one inference session; satisfies `runtime.backends.Engine`."""
 
     def __init__(
@@ -64,14 +64,6 @@ class OrtEngine:
     def close(self) -> None:
         """Free the session; the engine cannot run afterwards."""
         self._session = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def providers_here() -> tuple[Provider, ...]:

@@ -58,6 +58,20 @@ class Family:
     model: Blip2
     bundle: Bundle
 
+    def again(self, out: Path, config: ExportConfig, manifests: list[Path]) -> Bundle:
+        """Exported once more with other settings, from the same traced graphs."""
+        exported = export_bundle(
+            self.checkpoint,
+            out,
+            config,
+            precision="fp32",
+            calibration=manifests,
+            recipe_yaml="{}\n",
+            reuse=self.bundle.path,
+            progress=QUIET,
+        )
+        return read_bundle(exported)
+
 
 @pytest.fixture(scope="session")
 def images(world: Path) -> list[Path]:
@@ -291,17 +305,7 @@ def test_int8_weights_of_the_language_model(
     made = family(name)
     config = CONFIG.model_copy(update={"language_precision": "int8"})
     loose = config.model_copy(update={"int8": config.int8.model_copy(update={"differing_answers": 1.0})})
-    out = export_bundle(
-        made.checkpoint,
-        tmp_path / "int8",
-        loose,
-        precision="fp32",
-        calibration=manifests,
-        recipe_yaml="{}\n",
-        reuse=made.bundle.path,
-        progress=QUIET,
-    )
-    bundle = read_bundle(out)
+    bundle = made.again(tmp_path / "int8", loose, manifests)
     names = ("encoder", "decoder") if name in ENCODER_DECODERS else ("language",)
     assert_plain(made.bundle, names)
     assert_plain(bundle, names)
@@ -329,17 +333,7 @@ def test_other_types_of_the_language_model(
     steep = {"max_error": 2.0, "min_cosine": 0.8} if precision == "int4" else {}  # random weights feel every rounding
     loose = getattr(CONFIG, precision).model_copy(update={"differing_answers": 1.0, **steep})
     config = CONFIG.model_copy(update={"language_precision": precision, "target": target, precision: loose})
-    out = export_bundle(
-        made.checkpoint,
-        tmp_path / "out",
-        config,
-        precision="fp32",
-        calibration=manifests,
-        recipe_yaml="{}\n",
-        reuse=made.bundle.path,
-        progress=QUIET,
-    )
-    bundle = read_bundle(out)
+    bundle = made.again(tmp_path / "out", config, manifests)
     names = ("encoder", "decoder") if name in ENCODER_DECODERS else ("language",)
     report = json.loads((bundle.path / "precision.json").read_text())
     for graph in names:

@@ -40,7 +40,6 @@ DECODER_TOKEN = "[DEC]"
 """Begins a generated text in stage 1; LAVIS adds it to BERT's tokens."""
 NEWLINE_ENDS = "opt_proj."
 """LAVIS' OPT models end a text with a newline, its T5 models with T5's own end token."""
-PROJECTIONS = ("opt_proj.", "t5_proj.")
 TOWER = "visual_encoder."
 
 BRIDGE_NAMES = {

@@ -46,7 +46,6 @@ DTYPES = {
 }
 """safetensors' names of the element types we move."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FLOATS = {"F64", "F32", "F16", "BF16"}
 
 Chunks: TypeAlias = Iterator[memoryview]
 
