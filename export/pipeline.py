@@ -85,7 +85,7 @@ def export_bundle(
         InputError: limits the model cannot meet, or `out` holds foreign files.
         CheckpointError, BundleError, OutOfSpace: as their names say.
     """
-    model = load_checkpoint(checkpoint)
+    model = load_checkpoint(checkpoint, mapped_beside=out)
     stage = read_config(checkpoint).stage
     if config.image_sizes:
         read_any_size(model.vision, config.image_sizes)

@@ -7,8 +7,8 @@ compared with transformers' own `generate`.
 Shape letters: B batch, C H W pixels, Q queries, D language width
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,11 +18,11 @@ from export.eager import Eager
 from export.facts import precision_of
 from export.graphs import Graph
 from export.judge import Judge, Parity
-from runtime.answers import Request
+from runtime.answers import Answerer, Request
 from runtime.backends import CPU, Engine
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed
-from runtime.image_encoder import FUSED, ImageEncoder
+from runtime.image_encoder import FUSED, Floats, ImageEncoder
 from runtime.pipeline import TOKENIZER, Pipeline, one_size_batches
 from runtime.preprocess import preprocess_batch
 from runtime.progress import Progress
@@ -33,6 +33,9 @@ from runtime.stopwatch import Stopwatch
 from runtime.tokenizer import TextTokenizer
 from trainer.blip2 import Blip2
 from trainer.generate import EagerPipeline
+
+IMAGE_GRAPHS = ("vision", "qformer", FUSED)
+"""What an image passes before the language model."""
 
 
 @dataclass(frozen=True)
@@ -122,33 +125,49 @@ def judge_graphs(
 ) -> Judged:
     """Compare every graph with its module while the requests are answered; raises as `verify` does.
 
-    Requests ask for one image size after the other (`at_every_size`).
+    Requests ask for one image size after the other (`at_every_size`). All images are encoded before the first answer,
+    so that of a large model one part at a time is in memory.
 
     PyTorch stands for the `unjudged` graphs: those whose file is not in the manifest's precision yet.
     """
     manifest, batches = bundle.manifest, _batches(requests, config.reference_items, config.max_batch)
-    with ExitStack() as opened:
-        judges = dict[str, Judge]()
-        for name in graphs.keys() - unjudged:
-            precision = precision_of(manifest, name)
-            judge = Judge(graphs[name], CPU.open(bundle, name), precision, config.tolerance(precision))
-            judges[name] = opened.enter_context(judge)
-        engines: dict[str, Engine] = {name: judges.get(name) or Eager(graphs[name]) for name in graphs}
-        encoder = ImageEncoder(engines["vision"], engines["qformer"], QueryCache(0), manifest)
-        decoder = open_decoder(manifest, engines.__getitem__)
-        with progress.bar("verifying graphs", len(batches), items_per_step=config.max_batch) as bar:
+    by_part = [{n: g for n, g in graphs.items() if (n in IMAGE_GRAPHS) == of_image} for of_image in (True, False)]
+    judges, prefixes = list[Judge](), list[Floats]()
+    with progress.bar("verifying graphs", 2 * len(batches)) as bar:
+        with _opened(bundle, by_part[0], config, unjudged, judges) as engines:
+            encoder = ImageEncoder(engines["vision"], engines["qformer"], QueryCache(0), manifest)
             for batch in batches:
-                prompts, questions = request_tokens(bundle, model, batch)
                 settings = model.preprocess.at(batch[0].image_size)
                 pixels_BCHW = preprocess_batch([request.image for request in batch], settings)
-                prefix_BQD = encoder.encode(pixels_BCHW, questions, Stopwatch())
-                decoder.generate(prefix_BQD, prompts, manifest.generation.max_new_tokens, Stopwatch())
+                _, questions = request_tokens(bundle, model, batch)
+                prefixes.append(encoder.encode(pixels_BCHW, questions, Stopwatch()))
                 if FUSED in engines:
                     engines[FUSED].run({"pixels": pixels_BCHW})
                 bar.advance()
-    parities = tuple(parity for judge in judges.values() for parity in judge.parities.values())
+        with _opened(bundle, by_part[1], config, unjudged, judges) as engines:
+            decoder = open_decoder(manifest, engines.__getitem__)
+            for batch, prefix_BQD in zip(batches, prefixes, strict=True):
+                prompts, _ = request_tokens(bundle, model, batch)
+                decoder.generate(prefix_BQD, prompts, manifest.generation.max_new_tokens, Stopwatch())
+                bar.advance()
+    parities = tuple(parity for judge in judges for parity in judge.parities.values())
     require_parity(parities)
-    return Judged(parities, tuple(case for judge in judges.values() for case in judge.cases.values()))
+    return Judged(parities, tuple(case for judge in judges for case in judge.cases.values()))
+
+
+@contextmanager
+def _opened(
+    bundle: Bundle, graphs: Mapping[str, Graph], config: ExportConfig, unjudged: frozenset[str], judges: list[Judge]
+) -> Iterator[Mapping[str, Engine]]:
+    """The graphs of one part of the model, open together; their judges are added to `judges`."""
+    with ExitStack() as opened:
+        engines: dict[str, Engine] = {name: Eager(graph) for name, graph in graphs.items()}
+        for name in (name for name in graphs if name not in unjudged):
+            precision = precision_of(bundle.manifest, name)
+            judge = Judge(graphs[name], CPU.open(bundle, name), precision, config.tolerance(precision))
+            engines[name] = opened.enter_context(judge)
+            judges.append(judge)
+        yield engines
 
 
 def require_parity(parities: Sequence[Parity]) -> None:
@@ -167,15 +186,18 @@ def _compare_answers(
     bundle: Bundle, model: Blip2, batches: Sequence[Sequence[Request]], allowed: float, progress: Progress
 ) -> tuple[list[tuple[int, ...]], int]:
     """Eager's token ids of every request, and how many the finished bundle answers with the same."""
-    eager, expected, found = EagerPipeline(model), list[tuple[int, ...]](), list[tuple[int, ...]]()
-    with (
-        Pipeline(bundle, cache_bytes=0) as pipeline,
-        progress.bar("verifying answers", len(batches)) as bar,
-    ):
+
+    def answered(answerer: Answerer) -> list[tuple[int, ...]]:
+        tokens = list[tuple[int, ...]]()
         for batch in batches:
-            expected += [answer.token_ids for answer in eager.answer(batch)]
-            found += [answer.token_ids for answer in pipeline.answer(batch)]
+            tokens += [answer.token_ids for answer in answerer.answer(batch)]
             bar.advance()
+        return tokens
+
+    with progress.bar("verifying answers", 2 * len(batches)) as bar:
+        expected = answered(EagerPipeline(model))  # before the bundle is opened: a large model has no room beside it
+        with Pipeline(bundle, cache_bytes=0) as pipeline:
+            found = answered(pipeline)
     different = [row for row, pair in enumerate(zip(expected, found, strict=True)) if pair[0] != pair[1]]
     if len(different) > allowed * len(expected):
         request = [request for batch in batches for request in batch][different[0]]

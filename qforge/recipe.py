@@ -162,13 +162,20 @@ def _nearest(dotted: str) -> str:
     keys = list(recipe_keys())
     parent, _, name = dotted.rpartition(".")
     siblings = [key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == parent]
-    close = difflib.get_close_matches(name, siblings, n=1)
+    close = [key for key in siblings if _initials(key) == name] or difflib.get_close_matches(name, siblings, n=1)
     if close:
         return f"did you mean {parent + '.' if parent else ''}{close[0]}?"
-    elsewhere = [key for key in keys if key.rpartition(".")[2] == name] or difflib.get_close_matches(dotted, keys, n=1)
+    elsewhere = [key for key in keys if key.rpartition(".")[2] == name]
+    if not elsewhere and not siblings:
+        elsewhere = difflib.get_close_matches(dotted, keys, n=1)
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
     return f"known here: {', '.join(siblings)}." if siblings else f"known sections: {', '.join(Recipe.model_fields)}."
+
+
+def _initials(key: str) -> str:
+    """What people call a setting: lr for learning_rate."""
+    return "".join(word[:1] for word in key.split("_"))
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

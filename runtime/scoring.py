@@ -5,7 +5,7 @@ ones (rules: reference/training.md §1.13). Scores are fractions from 0 to 1.
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from runtime.dataset import Row
@@ -84,21 +84,30 @@ def caption_exact(prediction: str, references: Sequence[str]) -> bool:
 def question_prior(train_rows: Iterable[Row], test_rows: Iterable[Row]) -> float:
     """VQA accuracy on `test_rows` of the best answerer that never looks at an image.
 
-    It gives the most frequent training answer of the same question; of questions with the same first two words when
-    that question is new; of all questions when those words are new.
+    Answerer n reads the first n words of a question, and of those as many as training questions begin with, and gives
+    the most frequent training answer after them; the last one reads whole questions. The score is that of the one
+    that does best on the test rows: reading more is not always better, as a rare question has few answers to learn
+    from.
 
     Raises:
         DataError: either side has no answered question.
     """
-    votes: dict[str, Counter[str]] = {}
+    votes: defaultdict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     for row in _answered(train_rows, "training"):
-        for key in _prior_keys(row):
-            votes.setdefault(key, Counter()).update(vqa_normalise(answer) for answer in row.answers)
-    scores = []
-    for row in _answered(test_rows, "test"):
-        known = next(votes[key] for key in _prior_keys(row) if key in votes)
-        scores.append(vqa_score(known.most_common(1)[0][0], row.answers))
-    return sum(scores) / len(scores)
+        words, answers = _words(row), [vqa_normalise(answer) for answer in row.answers]
+        for read in range(len(words) + 1):
+            votes[words[:read]].update(answers)
+    said = {opening: counts.most_common(1)[0][0] for opening, counts in votes.items()}
+    asked = [
+        (row.answers, [words[:n] for n in range(len(words) + 1) if words[:n] in said])
+        for row in _answered(test_rows, "test")
+        for words in [_words(row)]
+    ]
+    longest = max(len(known) for _, known in asked)
+    return max(
+        sum(vqa_score(said[known[:read][-1]], answers) for answers, known in asked) / len(asked)
+        for read in range(1, longest + 1)
+    )
 
 
 def _answered(rows: Iterable[Row], name: str) -> list[Row]:
@@ -108,10 +117,9 @@ def _answered(rows: Iterable[Row], name: str) -> list[Row]:
     return answered
 
 
-def _prior_keys(row: Row) -> tuple[str, str, str]:
-    """From most to least specific; the prefixes keep a two-word question apart from a two-word opening."""
-    words = normalise_question(row.question or "").split()
-    return f"question {' '.join(words)}", f"opening {' '.join(words[:2])}", "any"
+def _words(row: Row) -> tuple[str, ...]:
+    """The question's words and an end mark, which keeps a short question apart from an opening."""
+    return (*normalise_question(row.question or "").split(), "")
 
 
 def _punctuation(text: str) -> str:

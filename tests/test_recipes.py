@@ -92,6 +92,7 @@ def test_override_reaches_below_an_empty_section() -> None:
         ("stagee1: {steps: 3}", None, "r.yaml: stagee1 is not a recipe key; did you mean stage1?"),
         ("queries: 3", None, "r.yaml: queries is not a recipe key; did you mean model.qformer.queries?"),
         ("", "stage1.stepz=3", "--set stage1.stepz=3: stage1.stepz is not a recipe key; did you mean stage1.steps?"),
+        ("", "stage1.lr=1", "--set stage1.lr=1: stage1.lr is not a recipe key; did you mean stage1.learning_rate?"),
         ("", "nothing.like.it=3", "--set nothing.like.it=3: nothing is not a recipe key; known here: seed, model, "),
         ("stage1: 5", None, "r.yaml: stage1 is a section with keys of its own, found 5."),
         ("stage1: 5", "stage1.steps=3", "--set stage1.steps=3: stage1 is a value (5), not a section with keys."),

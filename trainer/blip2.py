@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from runtime.preprocess import PreprocessSettings
 from trainer.bridge import PARTS, Bridge, Part
 from trainer.config import ModelConfig
 from trainer.language import Style, end_tokens, load_language, pad_token, style_of
+from trainer.mapped import map_weights
 from trainer.towers import VisionTower, load_tokenizer, load_vision
 
 
@@ -112,12 +114,25 @@ def text_batch(model: Blip2, texts: list[str]) -> TextBatch:
     return TextBatch(coded["input_ids"], coded["attention_mask"])
 
 
-def new_blip2(config: ModelConfig, question_conditioned: bool, parts: Collection[Part] = PARTS) -> Blip2:
-    """A model with the halves the recipe names and a fresh bridge (seed it with `torch.manual_seed`)."""
+def new_blip2(
+    config: ModelConfig, question_conditioned: bool, parts: Collection[Part] = PARTS, mapped_beside: Path | None = None
+) -> Blip2:
+    """A model with the halves the recipe names and a fresh bridge (seed it with `torch.manual_seed`).
+
+    With `mapped_beside` the halves' weights lie in files on the disk of that path (`trainer.mapped`), so that a half
+    is in memory only while it is loaded or computed with.
+    """
+    vision, language = load_vision(config.vision, config.vision_layer, config.image_size), None
+    if mapped_beside is not None:
+        map_weights(vision, mapped_beside)
+    if config.language is not None:
+        language = load_language(config.language)
+        if mapped_beside is not None:
+            map_weights(language, mapped_beside)
     return Blip2(
         config,
-        load_vision(config.vision, config.vision_layer, config.image_size),
-        None if config.language is None else load_language(config.language),
+        vision,
+        language,
         None if config.language is None else load_tokenizer(config.language, "language"),
         None if config.text_tokenizer is None else load_tokenizer(config.text_tokenizer, "text"),
         question_conditioned,

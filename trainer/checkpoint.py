@@ -129,12 +129,15 @@ def read_config(folder: Path) -> CheckpointConfig:
     return config.model_copy(update={"model": resolved(config.model, folder)})
 
 
-def load_checkpoint(folder: Path | str) -> Blip2:
-    """The model of a checkpoint, in eval mode; see the module's text for what is checked."""
+def load_checkpoint(folder: Path | str, mapped_beside: Path | None = None) -> Blip2:
+    """The model of a checkpoint, in eval mode; see the module's text for what is checked.
+
+    `mapped_beside`: as in `new_blip2`.
+    """
     folder = Path(folder)
     config = read_config(folder)
     require_halves(folder, config, config.model)
-    model = new_blip2(config.model, config.question_conditioned, config.parts)
+    model = new_blip2(config.model, config.question_conditioned, config.parts, mapped_beside)
     load_bridge(model, folder)
     return model.eval()
 

@@ -65,7 +65,7 @@ class DemoHalvesConfig(Settings):
     """Training scenes drawn for the image encoder."""
     told_scenes: PositiveInt = 30_000
     """Training scenes told to the language model, in about eight documents each."""
-    vision_steps: PositiveInt = 1_800
+    vision_steps: PositiveInt = 2_500
     """Optimiser steps of the image encoder."""
     language_steps: PositiveInt = 4_000
     """Optimiser steps of the language model."""

@@ -120,6 +120,12 @@ def test_a_short_question_is_not_mistaken_for_an_opening():
     assert question_prior(train, [ask("what colour", "red")]) == 1.0
 
 
+def test_the_best_question_only_answerer_is_the_one_that_reads_just_enough():
+    train = [ask("is the red one left?", "no"), *[ask(f"is the {c} one right?", "yes") for c in ("blue", "green")]]
+    test = [ask("is the red one left?", "yes"), ask("is the pink one left?", "yes")]
+    assert question_prior(train, test) == 1.0  # "is the" → yes; whole questions would give 0.5
+
+
 def test_question_prior_needs_answers():
     captions_only = Row(image=None, image_id="1", captions=("x",), question=None, answers=(), extra={})
     with pytest.raises(DataError, match="training rows"):

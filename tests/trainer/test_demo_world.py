@@ -16,7 +16,7 @@ from runtime.progress import Progress
 from runtime.scoring import question_prior
 from trainer.config import DemoWorldConfig
 from trainer.demo_world import scorers_for, write_demo_world
-from trainer.demo_world.draw import draw
+from trainer.demo_world.draw import CLUTTER, draw
 from trainer.demo_world.language import (
     KIND_WEIGHTS,
     OPPOSITE,
@@ -76,6 +76,7 @@ def test_a_picture_shows_what_its_scene_says() -> None:
     for i, scene in enumerate(random_scenes(40, "train", seed=4, palette=DEMO)):
         picture, objects = draw(scene, 128, np.random.default_rng(i))
         pixels, where = np.asarray(picture, int), np.asarray(objects)
+        assert (where == CLUTTER).any() == scene.cluttered
         for number, o in enumerate(scene.objects, start=1):
             inside = where == number
             assert np.abs(np.median(pixels[inside], axis=0) - COLOURS[o.colour]).max() <= 12, name(o)

@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw
 
 from trainer.demo_world.scene import COLOURS, Scene, Shape
 
+CLUTTER = 255
+"""What the map of objects says where the background is cluttered."""
 OVERSAMPLE = 3
 """Shapes are drawn this much larger and shrunk: antialiasing that PIL's draw module does not have."""
 
@@ -17,7 +19,8 @@ OVERSAMPLE = 3
 def draw(scene: Scene, side: int, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
     """Picture of `scene` and the map of its objects, both `side` x `side` pixels.
 
-    The picture is RGB; the map (mode L) holds 1 + the object's index where it lies, 0 elsewhere.
+    The picture is RGB; the map (mode L) holds 1 + the object's index where it lies, `CLUTTER` on lines and dots of a
+    cluttered background, 0 elsewhere.
     `rng` chooses background, clutter and small variations.
     """
     big = side * OVERSAMPLE
@@ -27,7 +30,7 @@ def draw(scene: Scene, side: int, rng: np.random.Generator) -> tuple[Image.Image
     objects = Image.new("L", (big, big), 0)
     object_pen = ImageDraw.Draw(objects)
     if scene.cluttered:
-        _clutter(pen, big, base, rng)
+        _clutter(pen, object_pen, big, base, rng)
     for number, shape in enumerate(scene.objects, start=1):
         colour = np.clip(np.array(COLOURS[shape.colour]) + rng.integers(-10, 11, size=3), 0, 255)
         outline = _outline(shape, big, rng)
@@ -41,18 +44,22 @@ def _rgb(colour: np.ndarray) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _clutter(pen: ImageDraw.ImageDraw, side: int, base: np.ndarray, rng: np.random.Generator) -> None:
-    """Thin pale lines and dots, too faint and too thin to be taken for an object."""
+def _clutter(
+    pen: ImageDraw.ImageDraw, map_pen: ImageDraw.ImageDraw, side: int, base: np.ndarray, rng: np.random.Generator
+) -> None:
+    """Thin pale lines and dots, too faint and too thin to be taken for an object; the map shows where."""
     for _ in range(int(rng.integers(14, 26))):
-        tone = _rgb(np.clip(base - rng.integers(18, 60, size=3), 0, 255))
+        tone = _rgb(np.clip(base - rng.integers(40, 90, size=3), 0, 255))
         x, y = rng.uniform(0, side, size=2)
         if rng.random() < 0.5:
             angle, length = rng.uniform(0, math.pi), rng.uniform(0.1, 0.4) * side
             end = (x + math.cos(angle) * length, y + math.sin(angle) * length)
-            pen.line([(x, y), end], fill=tone, width=max(1, int(side * 0.008)))
+            for one, fill in ((pen, tone), (map_pen, CLUTTER)):
+                one.line([(x, y), end], fill=fill, width=max(1, int(side * 0.012)))
         else:
-            dot = rng.uniform(0.006, 0.014) * side
-            pen.ellipse([x - dot, y - dot, x + dot, y + dot], fill=tone)
+            dot = rng.uniform(0.009, 0.018) * side
+            for one, fill in ((pen, tone), (map_pen, CLUTTER)):
+                one.ellipse([x - dot, y - dot, x + dot, y + dot], fill=fill)
 
 
 def _outline(shape: Shape, side: int, rng: np.random.Generator) -> list[tuple[float, float]]:

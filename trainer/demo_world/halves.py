@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from runtime.preprocess import PreprocessSettings, preprocess
 from runtime.progress import Progress
 from trainer.config import DemoHalvesConfig, ModelConfig
-from trainer.demo_world.draw import draw
+from trainer.demo_world.draw import CLUTTER, draw
 from trainer.demo_world.language import QuestionWriter, caption, facts, notes
 from trainer.demo_world.scene import COLOURS, RADIUS, SHAPES, WIDE, Scene, Split, random_scenes
 from trainer.towers import new_language_model, new_vision_tower
@@ -67,10 +67,17 @@ class PatchTeacher(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.patch_heads = nn.ModuleList(nn.Linear(width, 1 + len(names)) for names in LABELS.values())
         self.centre = nn.Linear(width, 2)
-        self.picture = nn.Linear(width, len(SHAPES) + len(COLOURS) + len(SHAPES) * len(COLOURS) + 1)
+        self.counts = nn.Linear(width, len(SHAPES) + len(COLOURS) + len(SHAPES) * len(COLOURS))
+        self.cluttered = nn.Linear(width, 1)
 
-    def forward(self, features_BNE: Tensor, patches: Tensor, centres: Tensor, pictures: Tensor) -> Tensor:
-        """Sum of the losses. patches [B, 5, N] labels (0 = none), centres [B, N, 2], pictures [B, K] counts."""
+    def forward(
+        self, features_BNE: Tensor, patches: Tensor, centres: Tensor, counts: Tensor, cluttered_BN: Tensor
+    ) -> Tensor:
+        """Sum of the losses; patches [B, 5, N] (0 = none), centres [B, N, 2], counts [B, K], cluttered [B, 1 + N].
+
+        Every token is asked whether it shows clutter, the first one about the whole picture: asked of the picture alone
+        it was not learned.
+        """
         features_BNE = self.norm(features_BNE)
         tokens_BNE = features_BNE[:, 1:]
         loss = torch.zeros(())
@@ -78,11 +85,12 @@ class PatchTeacher(nn.Module):
             loss = loss + F.cross_entropy(head(tokens_BNE).flatten(0, 1), patches[:, i].flatten())
         shown = (patches[:, 0] > 0).unsqueeze(-1)
         loss = loss + 4 * ((self.centre(tokens_BNE) - centres) ** 2 * shown).sum() / shown.sum().clamp(min=1)
-        return loss + ((self.picture(features_BNE[:, 0]) - pictures) ** 2).mean()
+        loss = loss + ((self.counts(features_BNE[:, 0]) - counts) ** 2).mean()
+        return loss + F.binary_cross_entropy_with_logits(self.cluttered(features_BNE).squeeze(-1), cluttered_BN)
 
 
-def _targets(scene: Scene, object_map: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels of one picture: patches [5, N], centres [N, 2], picture counts [K]."""
+def _targets(scene: Scene, object_map: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Labels of one picture: patches [5, N], centres [N, 2], counts of shapes and colours [K], clutter [1 + N]."""
     cells = object_map.reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
     cover = np.stack([(cells == i + 1).mean(1) for i in range(len(scene.objects))])
     winner = np.where(cover.max(0) >= COVERED, cover.argmax(0), -1)
@@ -95,12 +103,13 @@ def _targets(scene: Scene, object_map: np.ndarray) -> tuple[np.ndarray, np.ndarr
             patches[row, winner == i] = 1 + names.index(value)
         centres[winner == i] = (2 * o.x - 1, 2 * o.y - 1)
         counts[SHAPES.index(o.shape), list(COLOURS).index(o.colour)] += 1
-    counts[-1, :-1], counts[:-1, -1], counts[-1, -1] = counts[:-1, :-1].sum(0), counts[:-1, :-1].sum(1), scene.cluttered
-    return patches, centres, counts.flatten()
+    counts[-1, :-1], counts[:-1, -1] = counts[:-1, :-1].sum(0), counts[:-1, :-1].sum(1)
+    cluttered = np.array([scene.cluttered, *(cells == CLUTTER).any(1)], np.float32)
+    return patches, centres, counts.flatten()[:-1], cluttered
 
 
 def pretrain_vision(config: DemoHalvesConfig, out: Path, progress: Progress) -> dict[str, float]:
-    """Train the tower, save it to `out`; returns held-out patch accuracy per attribute (share of object patches)."""
+    """Train the tower, save it to `out`; returns the share it says rightly of held-out object patches and pictures."""
     torch.manual_seed(config.seed)
     train = _drawn(random_scenes(config.scenes, "train", config.seed + 1000, WIDE), config.seed)
     held = _drawn(random_scenes(256, "val", config.seed + 1000, WIDE), config.seed + 1)
@@ -110,8 +119,8 @@ def pretrain_vision(config: DemoHalvesConfig, out: Path, progress: Progress) -> 
 
     def step() -> Tensor:
         rows = torch.randint(len(train[0]), (config.vision_batch_size,), generator=order)
-        pixels, patches, centres, pictures = (part[rows] for part in train)
-        return teacher(tower(_to_float(pixels)).last_hidden_state, patches, centres, pictures)
+        pixels, *labels = (part[rows] for part in train)
+        return teacher(tower(_to_float(pixels)).last_hidden_state, *labels)
 
     _optimise([tower, teacher], step, config.vision_steps, config.vision_learning_rate, progress, "vision tower")
     tower.half().save_pretrained(out)
@@ -124,16 +133,18 @@ def pretrain_vision(config: DemoHalvesConfig, out: Path, progress: Progress) -> 
     (out / "preprocessor_config.json").write_text(json.dumps(stored, indent=2) + "\n")
     tower.float().eval()
     with torch.no_grad():
-        tokens = teacher.norm(tower(_to_float(held[0])).last_hidden_state)[:, 1:]
+        features_BNE = teacher.norm(tower(_to_float(held[0])).last_hidden_state)
         shown = held[1][:, 0] > 0
-        right = [
-            (h(tokens).argmax(-1) == held[1][:, i])[shown].float().mean() for i, h in enumerate(teacher.patch_heads)
-        ]
-    return {f"patch_{kind}": round(float(value), 4) for kind, value in zip(LABELS, right, strict=True)}
+        right = {
+            f"patch_{kind}": (head(features_BNE[:, 1:]).argmax(-1) == held[1][:, i])[shown]
+            for i, (kind, head) in enumerate(zip(LABELS, teacher.patch_heads, strict=True))
+        }
+        right["cluttered"] = (teacher.cluttered(features_BNE[:, 0]).squeeze(-1) > 0) == held[4][:, 0].bool()
+    return {kind: round(float(hits.float().mean()), 4) for kind, hits in right.items()}
 
 
-def _drawn(scenes: list[Scene], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pixels [n, 3, H, W] as uint8, to be brought to floats batch by batch, and the three kinds of labels."""
+def _drawn(scenes: list[Scene], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Pixels [n, 3, H, W] as uint8, to be brought to floats batch by batch, and the labels `PatchTeacher` asks for."""
     rng = np.random.default_rng(seed)
     neutral = PIXELS.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)})
     pixels, labels = np.empty((len(scenes), 3, SIDE, SIDE), np.uint8), []
@@ -141,8 +152,8 @@ def _drawn(scenes: list[Scene], seed: int) -> tuple[Tensor, Tensor, Tensor, Tens
         picture, objects = draw(scene, DRAWN, rng)
         pixels[i] = np.rint(preprocess(picture, neutral))
         labels.append(_targets(scene, np.asarray(objects.resize((SIDE, SIDE), 0))))
-    patches, centres, pictures = (torch.from_numpy(np.stack(part)) for part in zip(*labels, strict=True))
-    return torch.from_numpy(pixels), patches, centres, pictures
+    patches, centres, counts, cluttered = (torch.from_numpy(np.stack(part)) for part in zip(*labels, strict=True))
+    return torch.from_numpy(pixels), patches, centres, counts, cluttered
 
 
 def _to_float(pixels: Tensor) -> Tensor:

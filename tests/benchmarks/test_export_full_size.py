@@ -1,0 +1,41 @@
+"""The full-size export at a thirtieth of the size, and what the committed measurement promises."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.export_full_size import run
+from runtime.errors import InputError
+
+COMMITTED = Path(__file__).parent.parent.parent / "benchmarks/results/export-opt-2.7b.json"
+GB = 10**9
+
+
+def test_every_command_is_measured_and_nothing_stays(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs qforge[tensorrt-rtx]")
+    result = run("tiny", tmp_path)
+    assert result["commands"].keys() == {"import", "export", "build vision"}
+    for measured in result["commands"].values():
+        assert measured["seconds"] > 0
+        assert 10**8 < measured["peak_bytes"]["anonymous"] < measured["peak_bytes"]["resident"]
+    assert {"vision.onnx", "qformer.onnx", "embed.onnx", "language.onnx"} <= result["graph_bytes"].keys()
+    assert len(result["plan_bytes"]) == 1 and min(result["plan_bytes"].values()) > 10**6
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(InputError, match="expected an empty folder"):
+        run("tiny", tmp_path)
+
+
+def test_the_committed_result_holds_the_promise() -> None:
+    result = json.loads(COMMITTED.read_text())
+    graphs = result["graph_bytes"]
+    language = graphs["language.onnx"] + graphs["language.onnx.data"]
+    assert graphs["vision.onnx"] + graphs.get("vision.onnx.data", 0) > 1.9 * GB  # 1 B parameters in FP16
+    assert language > 4.9 * GB
+    kept = result["commands"]["export"]["peak_bytes"]["anonymous"]
+    assert kept < 24 * 2**30
+    assert result["commands"]["build vision"]["peak_bytes"]["resident"] < 16 * GB
