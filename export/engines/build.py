@@ -12,7 +12,7 @@ from pathlib import Path
 
 from export.engines.builder import Builder
 from export.engines.plan import Built, build_graph
-from export.engines.profiles import profiles_of
+from export.engines.profiles import patches_of, profiles_of
 from export.engines.refusals import require_buildable
 from export.engines.targets import ComputeCapability
 from export.engines.timing_cache import TimingCache
@@ -67,7 +67,8 @@ def build_bundle(
     builder.require_options(options, timing_cache is not None)
     capabilities = builder.capabilities(capabilities)
     chosen = _chosen(bundle, graphs)
-    profiles = {name: profiles_of(name, bundle.manifest, batches) for name in chosen}
+    patches = patches_of(bundle)
+    profiles = {name: profiles_of(name, bundle.manifest, batches, patches=patches) for name in chosen}
     for name in chosen:
         require_buildable(bundle.graph(name), name, builder.engine, capabilities)
     title = "-".join((builder.engine, *(capability.sm for capability in capabilities)))

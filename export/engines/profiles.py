@@ -3,14 +3,19 @@
 TensorRT chooses kernels for the usual shape of a profile and accepts all between its smallest and largest. The limits
 come from the bundle's manifest, where every varying axis has a name. A language model has two profiles a batch, because
 it works in two ways: reading a prompt (`prefill`, no cached positions yet) and adding one token (`step`).
+
+A bundle that reads images of several sizes states the sides, and not how many tokens its vision tower makes of them;
+that is in the outputs of eager PyTorch that the bundle recorded.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from runtime.bundle import Bundle
 from runtime.engine_manifest import EngineProfile
 from runtime.errors import InputError
 from runtime.manifest import GraphEntry, Limits, Manifest
+from runtime.reference import REFERENCE, read_reference
 
 USUAL_PROMPT = 16
 """Prompt tokens beside the image prefix for which kernels are chosen."""
@@ -37,8 +42,32 @@ def exact_batches(limits: Limits) -> tuple[int, ...]:
     return tuple(1 << power for power in range(limits.max_batch.bit_length()))
 
 
-def profiles_of(name: str, manifest: Manifest, batches: Sequence[int] | None = None) -> tuple[EngineProfile, ...]:
+def patches_of(bundle: Bundle) -> Span | None:
+    """Tokens of an image at the smallest, the trained and the largest side; None where there is one side only.
+
+    Raises:
+        InputError: the bundle recorded no outputs of its vision graph at one of them.
+    """
+    if not bundle.manifest.limits.image_sizes:
+        return None
+    sides = _sides(bundle.manifest, bundle.manifest.preprocess.height)
+    file = bundle.file(REFERENCE)
+    vision = [case for case in read_reference(file).cases if case.graph == "vision"]
+    tokens = {case.inputs["pixels"].shape[2]: case.outputs["image_embeds"].shape[1] for case in vision}
+    if missing := {sides.least, sides.usual, sides.most} - tokens.keys():
+        raise InputError(
+            f"{file}: expected the vision graph's outputs at every image size, found none at {min(missing)} pixels; "
+            f"export the bundle again"
+        )
+    return Span(tokens[sides.least], tokens[sides.usual], tokens[sides.most])
+
+
+def profiles_of(
+    name: str, manifest: Manifest, batches: Sequence[int] | None = None, *, patches: Span | None = None
+) -> tuple[EngineProfile, ...]:
     """Profiles of one graph: for each of `batches` (None: 1, 2, 4 …), then for any batch.
+
+    `patches` is what `patches_of` tells of the bundle.
 
     Raises:
         InputError: a batch beyond the limit, or a varying axis whose range is not known here.
@@ -50,7 +79,7 @@ def profiles_of(name: str, manifest: Manifest, batches: Sequence[int] | None = N
     spans = {f"batch-{batch}": Span(batch, batch, batch) for batch in wanted}
     if limits.max_batch > 1 or not spans:
         spans["range"] = Span(1, limits.max_batch, limits.max_batch)
-    axes = _axes(name, manifest)
+    axes = _axes(name, manifest) | ({} if patches is None else {"patches": patches})
     varying = {axis for spec in entry.inputs.values() for axis in spec.shape if isinstance(axis, str)}
     if not varying:
         return ()
@@ -73,7 +102,15 @@ def _axes(graph: str, manifest: Manifest) -> dict[str, Span]:
         "read": Span(1, prompt, limits.max_positions),
         "new": Span(1, prompt, limits.max_positions),
         "past": Span(0, cached // 2, max(cached - 1, 0)),
+        "height": _sides(manifest, manifest.preprocess.height),
+        "width": _sides(manifest, manifest.preprocess.width),
     }
+
+
+def _sides(manifest: Manifest, trained: int) -> Span:
+    """Side of an image (pixels): the smallest, the trained and the largest that a request may ask for."""
+    sides = (trained, *manifest.limits.image_sizes)
+    return Span(min(sides), trained, max(sides))
 
 
 def _phases(varying: Iterable[str], axes: Mapping[str, Span]) -> dict[str, dict[str, Span]]:

@@ -23,6 +23,7 @@ QUIET = Progress(quiet=True)
 CONFIG = ExportConfig(calibration_images=12, verification_images=6, max_batch=5, language_precision="int8")
 WIDE = CONFIG.model_copy(update={"language_precision": "fp32", "fused": True, "image_sizes": (24, 20)})
 FP32 = CONFIG.model_copy(update={"language_precision": "fp32"})
+BOTH = FP32.model_copy(update={"heads": "both"})
 
 
 @pytest.fixture(scope="session")
@@ -121,6 +122,12 @@ def form_of(export: Export, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 def bundle_wide(export: Export, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Several image sizes, and a graph for captions; embed and language are taken over."""
     return read_bundle(export(tmp_path_factory.mktemp("bundles") / "wide", WIDE))
+
+
+@pytest.fixture(scope="session")
+def bundle_both(export: Export, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Answers and searches; the answering graphs are those of `bundle_fp32`, the others are traced here."""
+    return read_bundle(export(tmp_path_factory.mktemp("bundles") / "both", BOTH))
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from runtime.replay import replay
 from runtime.retrieval import Retrieval
 from runtime.search import itc_scores
 from runtime.text import normalise_caption
-from tests.export.conftest import CONFIG, FP32, QUIET, Export
+from tests.export.conftest import BOTH, CONFIG, FP32, QUIET, Export
 from tests.hf_retrieval import hf_scores
 from tests.plain import assert_plain
 from trainer.blip2 import Blip2
@@ -29,14 +29,12 @@ from trainer.checkpoint import load_checkpoint
 from trainer.retrieval import EagerRetrieval
 
 RETRIEVAL_GRAPHS = {"vision", "itc_image", "itc_text", "itm"}
-BOTH = FP32.model_copy(update={"heads": "both"})
 SEARCHING = FP32.model_copy(update={"heads": "retrieval"})
 
 
 @pytest.fixture(scope="module")
-def both(export: Export, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Answers and searches; the answering graphs are those of `bundle_fp32`, the others are traced here."""
-    return read_bundle(export(tmp_path_factory.mktemp("retrieval") / "both", BOTH))
+def both(bundle_both: Bundle) -> Bundle:
+    return bundle_both
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from export.engines.profiles import profiles_of
+from export.engines.profiles import patches_of, profiles_of
 from runtime.bundle import Bundle
 from runtime.errors import InputError
 from runtime.manifest import Manifest, TensorSpec
@@ -44,6 +44,29 @@ def test_texts_and_questions_have_their_limits(bundle_fp32: Bundle) -> None:
         for name, tensor in (("qformer", "question_ids"), ("embed", "input_ids"))
     }
     assert most == {"qformer": limits.max_question_tokens, "embed": limits.max_positions}
+
+
+@pytest.mark.parametrize(("side", "patches"), [(16, 17), (20, 26), (24, 37)])
+@pytest.mark.parametrize("name", ["vision", "fused", "qformer"])
+def test_every_image_size_fits(name: str, side: int, patches: int, bundle_wide: Bundle) -> None:
+    sizes = {"batch": 3, "height": side, "width": side, "patches": patches, "tokens": 5}
+    inputs = bundle_wide.manifest.graphs[name].inputs
+    shapes = {tensor: tuple(sizes.get(str(axis), axis) for axis in spec.shape) for tensor, spec in inputs.items()}
+    profiles = profiles_of(name, bundle_wide.manifest, (3,), patches=patches_of(bundle_wide))
+    assert [profile.name for profile in profiles if profile.holds(shapes)] == ["batch-3", "range"]
+    trained = profiles[0].shapes["image_embeds" if name == "qformer" else "pixels"][1]
+    assert trained == ((3, 17, 32) if name == "qformer" else (3, 3, 16, 16)), "kernels are chosen for the trained one"
+
+
+def test_one_image_size_needs_no_recorded_tokens(bundle_fp32: Bundle) -> None:
+    assert patches_of(bundle_fp32) is None
+
+
+def test_an_image_size_that_was_not_recorded(bundle_wide: Bundle) -> None:
+    limits = bundle_wide.manifest.limits.model_copy(update={"image_sizes": (24, 12)})
+    more = Bundle(bundle_wide.path, bundle_wide.manifest.model_copy(update={"limits": limits}))
+    with pytest.raises(InputError, match=r"reference\.npz: expected the vision graph's outputs .* none at 12 pixels"):
+        patches_of(more)
 
 
 def test_a_batch_beyond_the_limit(bundle_fp32: Bundle) -> None:
