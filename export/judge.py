@@ -15,10 +15,12 @@ import numpy.typing as npt
 
 from export.config import Tolerance
 from export.eager import require_finite
+from export.facts import precision_of
 from export.graphs import Arrays, Graph
-from runtime.backends import Engine
+from runtime.backends import Device, Engine
+from runtime.bundle import Bundle
 from runtime.closing import Closing
-from runtime.precision import LanguagePrecision, Precision
+from runtime.precision import FLOATING, LanguagePrecision, Precision
 from runtime.reference import GraphCase
 from runtime.replay import relative_error
 
@@ -43,6 +45,21 @@ class Parity:
     def ok(self) -> bool:
         """Whether both are within their tolerances."""
         return self.max_error <= self.allowed_error and self.cosine >= self.allowed_cosine
+
+
+class JudgingDevice:
+    """Where graphs are judged: on the CPU, in floating point with their weights mapped, so that any size fits.
+
+    Packed and mapped weights are multiplied alike; quantised ones have kernels of their own when they are packed, and
+    are judged as they are served.
+    """
+
+    def open(self, bundle: Bundle, graph_name: str) -> Engine:
+        """One graph of a bundle; raises as `Device.open`."""
+        return Device(mapped=precision_of(bundle.manifest, graph_name) in FLOATING).open(bundle, graph_name)
+
+
+JUDGING = JudgingDevice()
 
 
 class Judge(Closing):

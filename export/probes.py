@@ -18,7 +18,8 @@ import onnxruntime
 
 from export.eager import least_finite
 from export.graphs import Arrays
-from runtime.backends import CPU, Engine
+from export.judge import JUDGING
+from runtime.backends import Engine
 from runtime.bundle import Bundle
 from runtime.closing import Closing
 from runtime.errors import CheckFailed
@@ -41,7 +42,7 @@ class Probe(Closing):
     """An engine that refuses to hand on a number that is none; satisfies `runtime.backends.Engine`."""
 
     def __init__(self, bundle: Bundle, graph: str) -> None:
-        self._bundle, self._graph, self._engine = bundle, graph, CPU.open(bundle, graph)
+        self._bundle, self._graph, self._engine = bundle, graph, JUDGING.open(bundle, graph)
         self.runs = 0
 
     def inputs(self) -> dict[str, tuple[int | str, ...]]:

@@ -19,10 +19,9 @@ from export.eager import Eager
 from export.facts import precision_of
 from export.feeds import StoredFeeds
 from export.graphs import Arrays, Graph
-from export.judge import Judge, Parity
+from export.judge import JUDGING, Judge, Parity
 from export.verify import require_parity
 from runtime.answers import Request
-from runtime.backends import CPU
 from runtime.bundle import Bundle
 from runtime.dataset import read_manifest
 from runtime.errors import CheckFailed, DataError
@@ -136,7 +135,7 @@ def judge_retrieval(
         judges = dict[str, Judge]()
         for name in (name for name in GRAPHS if name not in unjudged):
             precision = precision_of(bundle.manifest, name)
-            judge = Judge(graphs[name], CPU.open(bundle, name), precision, config.tolerance(precision))
+            judge = Judge(graphs[name], JUDGING.open(bundle, name), precision, config.tolerance(precision))
             judges[name] = opened.enter_context(judge)
         chain = RetrievalGraphs(*(judges.get(name) or Eager(graphs[name]) for name in GRAPHS))
         batches = _batches(pairs, config)
@@ -166,7 +165,7 @@ def verify_retrieval(
     allowed = max(config.tolerance(precision_of(bundle.manifest, name)).max_error for name in GRAPHS)
     eager, worst = EagerRetrieval(model), {"itc": 0.0, "itm": 0.0}
     chain: RetrievalCase | None = None
-    with Retrieval(bundle) as retrieval:
+    with Retrieval(bundle, device=JUDGING) as retrieval:
         for batch in _batches(pairs, config):
             expected, found = (_scores(of, batch) for of in (eager, retrieval))
             for name, *sides in zip(worst, found, expected, strict=True):

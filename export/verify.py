@@ -17,9 +17,9 @@ from export.config import ExportConfig
 from export.eager import Eager
 from export.facts import precision_of
 from export.graphs import Graph
-from export.judge import Judge, Parity
+from export.judge import JUDGING, Judge, Parity
 from runtime.answers import Answerer, Request
-from runtime.backends import CPU, Engine
+from runtime.backends import Engine
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed
 from runtime.image_encoder import FUSED, Floats, ImageEncoder
@@ -164,7 +164,7 @@ def _opened(
         engines: dict[str, Engine] = {name: Eager(graph) for name, graph in graphs.items()}
         for name in (name for name in graphs if name not in unjudged):
             precision = precision_of(bundle.manifest, name)
-            judge = Judge(graphs[name], CPU.open(bundle, name), precision, config.tolerance(precision))
+            judge = Judge(graphs[name], JUDGING.open(bundle, name), precision, config.tolerance(precision))
             engines[name] = opened.enter_context(judge)
             judges.append(judge)
         yield engines
@@ -196,7 +196,7 @@ def _compare_answers(
 
     with progress.bar("verifying answers", 2 * len(batches)) as bar:
         expected = answered(EagerPipeline(model))  # before the bundle is opened: a large model has no room beside it
-        with Pipeline(bundle, cache_bytes=0) as pipeline:
+        with Pipeline(bundle, device=JUDGING, cache_bytes=0) as pipeline:
             found = answered(pipeline)
     different = [row for row, pair in enumerate(zip(expected, found, strict=True)) if pair[0] != pair[1]]
     if len(different) > allowed * len(expected):

@@ -13,6 +13,8 @@ NOT_ON_CPU = ("bf16",)
 """What ONNX Runtime's CPU cannot compute in; such graphs are verified by an exact emulation and run on a GPU."""
 CALIBRATED: tuple[Precision, ...] = ("int8", "fp8")
 """Whose activations are quantised, so that their ranges must be found."""
+FLOATING = ("fp32", "fp16", "bf16")
+"""Whose weights are numbers as they stand, without scales."""
 RangeMethod = Literal["minmax", "percentile", "entropy"]
 """How the range of a quantised activation is found: all values seen, 99.99 % of them, or the least loss of
 information."""

@@ -68,6 +68,8 @@ class Device:
     """What computes under it; see `runtime.backends.providers`."""
     threads: int | None = None
     """CPU threads per graph; None takes the physical cores this process may use."""
+    mapped: bool = False
+    """On the CPU: weights stay in their file and are read as they are used; slower, and a graph may exceed memory."""
 
     def open(self, bundle: Bundle, graph_name: str) -> Engine:
         """Open one graph of a bundle.
@@ -90,7 +92,7 @@ class Device:
             )
         from runtime.backends.ort import OrtEngine  # its door: onnxruntime loads only when it is used
 
-        return OrtEngine(model, self.provider, self.threads, fuse_int8=manifest.precision != "fp8")
+        return OrtEngine(model, self.provider, self.threads, fuse_int8=manifest.precision != "fp8", mapped=self.mapped)
 
 
 CPU = Device()

@@ -17,10 +17,16 @@ class OrtEngine(Closing):
     """One ONNX graph in one inference session; satisfies `runtime.backends.Engine`."""
 
     def __init__(
-        self, model: Path, provider: Provider = "cpu", threads: int | None = None, fuse_int8: bool = True
+        self,
+        model: Path,
+        provider: Provider = "cpu",
+        threads: int | None = None,
+        fuse_int8: bool = True,
+        mapped: bool = False,
     ) -> None:
         """Open the graph; `threads` None takes every physical core this process may use.
 
+        `mapped` leaves weights beside the graph in their file, where onnxruntime's CPU would pack them into memory.
         `fuse_int8` False computes Q/DQ pairs as they stand: onnxruntime 1.31 takes FP8 for INT8 when it fuses them.
 
         Raises:
@@ -36,6 +42,7 @@ class OrtEngine(Closing):
         # The graphs of a bundle run in turn on the same cores: idle threads of one must not spin while another works.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.disable_quant_qdq", "0" if fuse_int8 else "1")
+        options.add_session_config_entry("session.disable_prepacking", "1" if mapped else "0")
         options.log_severity_level = 3  # errors only; they arrive as exceptions
         if provider != "cpu":
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")

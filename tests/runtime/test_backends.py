@@ -1,9 +1,12 @@
 """One contract for every backend that is installed here."""
 
+import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from runtime.backends import Device, available_backends, cores
 from runtime.bundle import read_bundle
@@ -23,9 +26,10 @@ def test_onnxruntime_is_present():
 
 @pytest.mark.parametrize("graph", ["vision", "qformer", "embed", "language"])
 @pytest.mark.parametrize("backend", available_backends())
-def test_a_backend_keeps_the_contract(bundle, backend, graph):
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_backend_keeps_the_contract(bundle, backend, graph, mapped):
     entry = bundle.manifest.graphs[graph]
-    with Device(backend, threads=1).open(bundle, graph) as engine:
+    with Device(backend, threads=1, mapped=mapped).open(bundle, graph) as engine:
         assert engine.inputs() == {name: spec.shape for name, spec in entry.inputs.items()}
         assert engine.outputs() == {name: spec.shape for name, spec in entry.outputs.items()}
         feeds = {
@@ -38,6 +42,40 @@ def test_a_backend_keeps_the_contract(bundle, backend, graph):
         assert isinstance(first[name], np.ndarray) and first[name].dtype == spec.dtype
         assert first[name].shape == tuple(SIZES.get(size, size) for size in spec.shape)
         assert not np.shares_memory(first[name], second[name])
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+import numpy as np
+from runtime.backends.ort import OrtEngine
+
+def anonymous_kb():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+before = anonymous_kb()
+engine = OrtEngine(Path(sys.argv[1]), threads=1, mapped=sys.argv[2] == "mapped")
+engine.run({"x": np.ones((1, 4096), np.float32)})
+print(anonymous_kb() - before)
+"""
+
+
+def test_mapped_weights_stay_in_their_file(tmp_path):
+    weights = helper.make_tensor(
+        "w", TensorProto.FLOAT, [4096, 4096], np.ones((4096, 4096), np.float32).tobytes(), True
+    )
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4096]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", ends[:1], ends[1:], [weights])
+    file = tmp_path / "g.onnx"
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, str(file), save_as_external_data=True, location="g.onnx.data")
+
+    def grown_kb(how):
+        command = [sys.executable, "-c", MEASURED, str(file), how]
+        return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+    assert grown_kb("packed") > 65_536
+    assert grown_kb("mapped") < 65_536 / 2
 
 
 def test_refusals(bundle):
