@@ -1,4 +1,4 @@
-"""An engine that judges another: it runs a graph and its PyTorch module on the same arrays and measures the distance.
+"""An engine that judges another: a graph and its PyTorch module compute on the same arrays, the distance is measured.
 
 Because it keeps the engine contract, the runtime's own encoder and decoder can drive it, so each graph is judged on
 exactly the inputs that serving gives it. It hands on PyTorch's result: no graph is blamed for an earlier one.
@@ -6,7 +6,7 @@ exactly the inputs that serving gives it. It hands on PyTorch's result: no graph
 Shape letters: B batch, L past + new positions, h heads, d head width
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,13 @@ from export.graphs import Arrays, Graph
 from runtime.backends import Device, Engine
 from runtime.bundle import Bundle
 from runtime.closing import Closing
+from runtime.manifest import TensorSpec
 from runtime.precision import FLOATING, LanguagePrecision, Precision
 from runtime.reference import GraphCase
 from runtime.replay import relative_error
+
+LARGEST_PENDING_BYTES = 1 << 30
+"""Of runs that wait for their graph's turn."""
 
 
 @dataclass
@@ -63,13 +67,26 @@ JUDGING = JudgingDevice()
 
 
 class Judge(Closing):
-    """An engine that runs a graph and its module side by side, measures, and returns what the module gave."""
+    """An engine that is a graph's module; what it computed, the graph computes again, and the two are compared.
+
+    The graph's turn comes at `settle`: a large module and its graph have no room in memory side by side, and taking
+    turns at every run would read both from disk each time.
+    """
 
     def __init__(
-        self, graph: Graph, engine: Engine, precision: Precision | LanguagePrecision, tolerance: Tolerance
+        self,
+        graph: Graph,
+        engine: Engine,
+        outputs: Mapping[str, TensorSpec],
+        precision: Precision | LanguagePrecision,
+        tolerance: Tolerance,
     ) -> None:
+        """`outputs` are the graph's in the manifest: what is handed on has their types."""
         self._graph, self._engine = graph, engine
+        self._types = {name: np.dtype(spec.dtype) for name, spec in outputs.items()}
         self._precision, self._tolerance = precision, tolerance
+        self._pending = list[tuple[Arrays, Arrays]]()
+        self._pending_bytes = 0
         self.parities: dict[tuple[str, str], Parity] = {}
         """By case and output."""
         self.cases: dict[str, GraphCase] = {}
@@ -84,22 +101,33 @@ class Judge(Closing):
         return self._engine.outputs()
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        """PyTorch's outputs, in the graph's types; the graph's are compared with them.
+        """PyTorch's outputs, in the graph's types; the graph's are compared with them later.
 
         Raises:
-            CheckFailed: NaN or infinity on either side.
+            CheckFailed: NaN or infinity.
         """
         wide = {name: array.astype(np.float32) if array.dtype == np.float16 else array for name, array in feeds.items()}
-        expected, found = self._graph.run_eager(wide), self._engine.run(feeds)
-        named = f"graph '{self._graph.name}'"
-        require_finite(expected, f"{named}: eager PyTorch gives", "the checkpoint is damaged")
-        require_finite(found, f"{named}: the {self._precision} graph gives", "eager PyTorch does not")
-        case = self._case(feeds)
-        for name in expected:
-            self._compare(case, name, *(self._seen(side[name], name, feeds) for side in (expected, found)))
-        if case not in self.cases:
-            self.cases[case] = self._recorded(case, feeds, expected)
-        return {name: array.astype(found[name].dtype, copy=False) for name, array in expected.items()}
+        expected = self._graph.run_eager(wide)
+        require_finite(expected, f"graph '{self._graph.name}': eager PyTorch gives", "the checkpoint is damaged")
+        self._pending.append((dict(feeds), expected))
+        self._pending_bytes += sum(array.nbytes for array in (*feeds.values(), *expected.values()))
+        if self._pending_bytes > LARGEST_PENDING_BYTES:
+            self.settle()
+        return {name: array.astype(self._types[name], copy=False) for name, array in expected.items()}
+
+    def settle(self) -> None:
+        """Let the graph compute all that is pending, and compare; CheckFailed: NaN or infinity."""
+        for feeds, expected in self._pending:
+            found = self._engine.run(feeds)
+            named = f"graph '{self._graph.name}'"
+            require_finite(found, f"{named}: the {self._precision} graph gives", "eager PyTorch does not")
+            case = self._case(feeds)
+            for name in expected:
+                self._compare(case, name, *(self._seen(side[name], name, feeds) for side in (expected, found)))
+            if case not in self.cases:
+                self.cases[case] = self._recorded(case, feeds, expected)
+        self._pending.clear()
+        self._pending_bytes = 0
 
     def close(self) -> None:
         """Close the engine."""
@@ -130,6 +158,12 @@ class Judge(Closing):
         hidden = self._graph.hidden if case == "prefill" and not feeds["attention_mask"].all() else frozenset[str]()
         kept = {name: array for name, array in expected.items() if name not in hidden}
         return GraphCase(self._graph.name, case, dict(feeds), kept, dict.fromkeys(kept, self._tolerance.max_error))
+
+
+def settle(judges: Iterable[Judge]) -> None:
+    """Let every graph compute what its module has; CheckFailed: NaN or infinity."""
+    for judge in judges:
+        judge.settle()
 
 
 def _case_of(feeds: Mapping[str, npt.NDArray[Any]]) -> str:

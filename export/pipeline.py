@@ -160,6 +160,7 @@ def export_bundle(
             scratch=scratch,
             progress=progress,
         )
+        shutil.rmtree(traced)  # a large model's fp32 graphs are the largest files of all
         static = None
         if graphs.answering and config.static_cache:
             static = write_static(model, graphs.answering, config.language_precision, limits, folder)

@@ -19,7 +19,7 @@ from export.eager import Eager
 from export.facts import precision_of
 from export.feeds import StoredFeeds
 from export.graphs import Arrays, Graph
-from export.judge import JUDGING, Judge, Parity
+from export.judge import JUDGING, Judge, Parity, settle
 from export.verify import require_parity
 from runtime.answers import Request
 from runtime.bundle import Bundle
@@ -135,7 +135,8 @@ def judge_retrieval(
         judges = dict[str, Judge]()
         for name in (name for name in GRAPHS if name not in unjudged):
             precision = precision_of(bundle.manifest, name)
-            judge = Judge(graphs[name], JUDGING.open(bundle, name), precision, config.tolerance(precision))
+            outputs = bundle.manifest.graphs[name].outputs
+            judge = Judge(graphs[name], JUDGING.open(bundle, name), outputs, precision, config.tolerance(precision))
             judges[name] = opened.enter_context(judge)
         chain = RetrievalGraphs(*(judges.get(name) or Eager(graphs[name]) for name in GRAPHS))
         batches = _batches(pairs, config)
@@ -145,6 +146,7 @@ def judge_retrieval(
                 pixels_BCHW = preprocess_batch([pair.image for pair in batch], model.preprocess)
                 chain.embed_ids(ids)
                 chain.match_ids(chain.embed_pixels(pixels_BCHW).image_embeds_BNE, ids)
+                settle(judges.values())
                 bar.advance()
     parities = tuple(parity for judge in judges.values() for parity in judge.parities.values())
     require_parity(parities)

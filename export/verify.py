@@ -17,7 +17,7 @@ from export.config import ExportConfig
 from export.eager import Eager
 from export.facts import precision_of
 from export.graphs import Graph
-from export.judge import JUDGING, Judge, Parity
+from export.judge import JUDGING, Judge, Parity, settle
 from runtime.answers import Answerer, Request
 from runtime.backends import Engine
 from runtime.bundle import Bundle
@@ -143,12 +143,14 @@ def judge_graphs(
                 prefixes.append(encoder.encode(pixels_BCHW, questions, Stopwatch()))
                 if FUSED in engines:
                     engines[FUSED].run({"pixels": pixels_BCHW})
+                settle(judges)
                 bar.advance()
         with _opened(bundle, by_part[1], config, unjudged, judges) as engines:
             decoder = open_decoder(manifest, engines.__getitem__)
             for batch, prefix_BQD in zip(batches, prefixes, strict=True):
                 prompts, _ = request_tokens(bundle, model, batch)
                 decoder.generate(prefix_BQD, prompts, manifest.generation.max_new_tokens, Stopwatch())
+                settle(judges)
                 bar.advance()
     parities = tuple(parity for judge in judges for parity in judge.parities.values())
     require_parity(parities)
@@ -164,7 +166,8 @@ def _opened(
         engines: dict[str, Engine] = {name: Eager(graph) for name, graph in graphs.items()}
         for name in (name for name in graphs if name not in unjudged):
             precision = precision_of(bundle.manifest, name)
-            judge = Judge(graphs[name], JUDGING.open(bundle, name), precision, config.tolerance(precision))
+            outputs = bundle.manifest.graphs[name].outputs
+            judge = Judge(graphs[name], JUDGING.open(bundle, name), outputs, precision, config.tolerance(precision))
             engines[name] = opened.enter_context(judge)
             judges.append(judge)
         yield engines

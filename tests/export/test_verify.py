@@ -15,6 +15,7 @@ from runtime.answers import Request
 from runtime.backends import Device
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed
+from runtime.manifest import TensorSpec
 from runtime.pipeline import Pipeline
 from runtime.progress import Progress
 from tests.export.conftest import CONFIG, FP32, QUIET
@@ -62,9 +63,12 @@ def eager_embed(graphs: dict[str, Graph]) -> tuple[dict[str, np.ndarray], np.nda
 
 
 def judged(graphs: dict[str, Graph], output: np.ndarray, feeds: dict[str, np.ndarray]) -> Judge:
-    judge = Judge(graphs["embed"], FakeEngine({"inputs_embeds": output}), "fp32", LOOSE)
+    outputs = {"inputs_embeds": TensorSpec(dtype="float32", shape=("batch", "tokens", output.shape[-1]))}
+    judge = Judge(graphs["embed"], FakeEngine({"inputs_embeds": output}), outputs, "fp32", LOOSE)
     returned = judge.run(feeds)["inputs_embeds"]
     np.testing.assert_array_equal(returned, graphs["embed"].run_eager(feeds)["inputs_embeds"])
+    assert not judge.parities, "the graph's turn comes when it is settled"
+    judge.settle()
     return judge
 
 
@@ -76,6 +80,19 @@ def test_the_judge_measures_and_hands_on_eagers_result(graphs: dict[str, Graph],
     (parity,) = judged(graphs, -expected, feeds).parities.values()
     assert parity.cosine == pytest.approx(-1.0)
     assert not parity.ok
+
+
+def test_pending_runs_are_settled_before_they_fill_memory(graphs: dict[str, Graph], eager_embed, monkeypatch) -> None:
+    feeds, expected = eager_embed
+    monkeypatch.setattr("export.judge.LARGEST_PENDING_BYTES", 3 * expected.nbytes)
+    outputs = {"inputs_embeds": TensorSpec(dtype="float32", shape=expected.shape)}
+    judge = Judge(graphs["embed"], FakeEngine({"inputs_embeds": expected}), outputs, "fp32", LOOSE)
+    for _ in range(3):
+        judge.run(feeds)
+    (parity,) = judge.parities.values()
+    assert parity.runs == 3
+    judge.settle()
+    assert parity.runs == 3
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
