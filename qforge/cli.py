@@ -16,6 +16,7 @@ from qforge.gone import explained
 from qforge.options import (
     Backend,
     BundleFolder,
+    CacheDir,
     Candidates,
     CheckpointFolder,
     Dtype,
@@ -205,6 +206,7 @@ def caption(
     prompt: Prompt = None,
     max_new_tokens: MaxNewTokens = None,
     image_size: ImageSize = None,
+    cache_dir: CacheDir = None,
     backend: Backend = "ort",
     provider: ProviderName = "cpu",
     threads: Threads = None,
@@ -212,7 +214,8 @@ def caption(
     """Describe images."""
     from qforge import verbs_answer
 
-    return verbs_answer.caption(bundle, images, prompt, max_new_tokens, image_size, _device(backend, provider, threads))
+    device = _device(backend, provider, threads)
+    return verbs_answer.caption(bundle, images, prompt, max_new_tokens, image_size, device, cache_dir)
 
 
 @verb(app, "vqa", 'qforge vqa runs/demo/bundle-int8 picture.png "what colour is the circle?"')
@@ -223,6 +226,7 @@ def vqa(
     prompt: Prompt = None,
     max_new_tokens: MaxNewTokens = None,
     image_size: ImageSize = None,
+    cache_dir: CacheDir = None,
     backend: Backend = "ort",
     provider: ProviderName = "cpu",
     threads: Threads = None,
@@ -230,9 +234,11 @@ def vqa(
     """Answer questions about an image."""
     from qforge import verbs_answer
 
-    return verbs_answer.vqa(
-        bundle, image, questions, prompt, max_new_tokens, image_size, _device(backend, provider, threads)
-    )
+    device = _device(backend, provider, threads)
+    return verbs_answer.vqa(bundle, image, questions, prompt, max_new_tokens, image_size, device, cache_dir)
+
+
+from qforge import cli_cache  # noqa: E402, F401 - as above
 
 
 @verb(app, "index", "qforge index bundle-retrieval photos/ more.jsonl --out photos.index")
@@ -301,6 +307,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Requests answered together (caption, vqa).")] = 8,
     candidates: Candidates = 128,
     image_size: ImageSize = None,
+    cache_dir: CacheDir = None,
     backend: Backend = "ort",
     provider: ProviderName = "cpu",
     threads: Threads = None,
@@ -316,8 +323,10 @@ def evaluate(
     if task == "retrieval":
         if image_size is not None:
             raise InputError("--image-size: retrieval reads images at the trained size; leave it out")
+        if cache_dir is not None:
+            raise InputError("--cache-dir: retrieval looks at every image once and keeps no cache; leave it out")
         return verbs_retrieval.evaluate(path, manifest, candidates, device)
-    return verbs_bundle.evaluate(path, manifest, task, batch_size, image_size, device)
+    return verbs_bundle.evaluate(path, manifest, task, batch_size, image_size, device, cache_dir)
 
 
 @verb(

@@ -47,4 +47,8 @@ Candidates = Annotated[
 ImageSize = Annotated[
     int | None, typer.Option(help="Side that images are read at (pixels), one the bundle has; without it, as trained.")
 ]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder of the images seen so far, shared by processes; see qforge cache --help."),
+]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Longest text (tokens); without it, the bundle's own limit.")]

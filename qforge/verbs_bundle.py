@@ -7,11 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import runtime
 from qforge.actions import manifests_of, measure
 from qforge.console import Outcome, must_be_ours
 from qforge.evaluation import evaluate_rows, kind_of, open_answerer
 from qforge.recipe import Recipe, load_recipe
 from qforge.verbs_build import engines_of
+from qforge.verbs_cache import warned
 from runtime.backends import Device
 from runtime.bundle import read_bundle
 from runtime.dataset import read_manifest
@@ -140,13 +142,23 @@ def evaluate(
     batch_size: int,
     image_size: int | None,
     device: Device,
+    cache_dir: Path | None,
 ) -> Outcome:
-    """Metrics of one data set."""
-    rows = read_manifest(manifest)
-    with open_answerer(path, device) as answerer:
-        evaluation = evaluate_rows(answerer, rows, task, batch_size, manifest.name, image_size)
+    """Metrics of one data set; with `cache_dir` also what that cache counted."""
+    rows, counted = read_manifest(manifest), dict[str, Any]()
+    if cache_dir is None:
+        with open_answerer(path, device) as answerer:
+            evaluation = evaluate_rows(answerer, rows, task, batch_size, manifest.name, image_size)
+    elif kind_of(path) != "bundle":
+        raise InputError(f"{path}: --cache-dir is for bundles; a checkpoint runs as eager PyTorch and keeps no cache")
+    else:
+        with runtime.load(
+            path, device.backend, device.threads, provider=device.provider, cache_dir=cache_dir
+        ) as pipeline:
+            evaluation = evaluate_rows(pipeline, rows, task, batch_size, manifest.name, image_size)
+            counted["cache"] = warned(pipeline.cache.statistics())
     lines = [f"{name}: {100 * value:.2f} % of {evaluation.n}" for name, value in evaluation.metrics.items()]
-    return Outcome(evaluation.as_json(), "\n".join(lines))
+    return Outcome(evaluation.as_json() | counted, "\n".join(lines))
 
 
 def bench(

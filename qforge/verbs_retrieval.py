@@ -8,6 +8,7 @@ from typing import Any
 from qforge.console import Outcome, must_be_ours
 from qforge.contact_sheet import Result, draw_results
 from qforge.evaluation import open_retriever
+from qforge.sources import MANIFEST_SUFFIX, images_of
 from runtime import load_retrieval
 from runtime.backends import Device
 from runtime.dataset import read_manifest
@@ -18,9 +19,7 @@ from runtime.recall import AT, evaluate_retrieval
 from runtime.retrieval import Retrieval
 from runtime.search import Hit, check_counts
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-"""What is taken from a folder; a file that is named is always tried."""
-MANIFEST_SUFFIX, LINES_SUFFIX = ".jsonl", ".txt"
+LINES_SUFFIX = ".txt"
 NAMED = 10
 """Unreadable images told by name; all are in index.json."""
 
@@ -41,7 +40,7 @@ def index(
     write = (
         partial(write_text_index, texts=list(_texts_of(sources)))
         if texts
-        else partial(write_image_index, images=list(_images_of(sources)), keep_embeds=not small)
+        else partial(write_image_index, images=list(images_of(sources)), keep_embeds=not small)
     )
     with _open(bundle, device) as retrieval:
         facts = write(retrieval, out=out, dtype=dtype, progress=Progress())
@@ -105,22 +104,6 @@ def evaluate(path: Path, manifest: Path, candidates: int, device: Device) -> Out
 
 def _open(bundle: Path, device: Device) -> Retrieval:
     return load_retrieval(bundle, device.backend, device.threads, device.provider)
-
-
-def _images_of(sources: Sequence[Path]) -> Iterable[Path]:
-    """Files that are named, images below folders (sorted), images of manifests."""
-    for source in sources:
-        if source.is_dir():
-            inside = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-            if not inside:
-                raise DataError(f"{source}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in it, found none")
-            yield from inside
-        elif not source.exists():
-            raise MissingFile(f"{source}: expected an image, a folder or a manifest, found nothing under that name")
-        elif source.suffix == MANIFEST_SUFFIX:
-            yield from (row.image for row in read_manifest(source))
-        else:
-            yield source
 
 
 def _texts_of(sources: Sequence[Path]) -> Iterable[str]:

@@ -22,6 +22,8 @@ def load(
     threads: int | None = None,
     cache_bytes: int = 256 * 1024**2,
     provider: "Provider" = "cpu",
+    cache_dir: str | Path | None = None,
+    cache_dir_bytes: int | None = None,
 ) -> "Pipeline":
     """Read a bundle, check it and open its graphs.
 
@@ -29,19 +31,25 @@ def load(
         bundle: The folder that `qforge export` made.
         backend: Engine to run the graphs with; see `runtime.backends.available_backends`.
         threads: CPU threads per graph; None takes the physical cores this process may use.
-        cache_bytes: Bound of the query cache (bytes); 0 turns it off.
+        cache_bytes: Bound of the query cache in memory (bytes); 0 turns that tier off.
         provider: What computes under backend 'ort': cpu, cuda, tensorrt or openvino; never another one silently.
+        cache_dir: Folder of a query cache on the disk, which processes share; made when missing. None for none.
+        cache_dir_bytes: Bound of that folder (bytes), for all who use it from now on; None leaves its own (at first
+            4 GiB).
 
     Raises:
         BundleError: the bundle is damaged, incomplete or of another format.
         BackendUnavailable: the package of the backend or provider is not installed, or the provider cannot start.
-        InputError: an unknown backend or provider, or a bad number.
+        InputError: an unknown backend or provider, a bad number, or a `cache_dir` that is not a cache's.
     """
     from runtime.backends import Device  # here, so that `import runtime` alone stays light
     from runtime.bundle import read_bundle
+    from runtime.disk_cache import DiskCache
     from runtime.pipeline import Pipeline
 
-    return Pipeline(read_bundle(bundle), device=Device(backend, provider, threads), cache_bytes=cache_bytes)
+    device, opened = Device(backend, provider, threads), read_bundle(bundle)
+    disk = None if cache_dir is None else DiskCache(cache_dir, opened.manifest.digest, device, cache_dir_bytes)
+    return Pipeline(opened, device=device, cache_bytes=cache_bytes, disk=disk)
 
 
 def load_retrieval(

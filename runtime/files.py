@@ -73,6 +73,23 @@ def scratch_folder(beside: Path | str) -> Iterator[Path]:
         yield work
 
 
+@contextmanager
+def scratch_file(beside: Path | str) -> Iterator[Path]:
+    """Yield a hidden path on the disk of `beside`, for a file that is gone when the block ends unless it was renamed.
+
+    For what can be made again and is checked when it is read: nothing is flushed to the disk. OutOfSpace when that is
+    full.
+    """
+    with _workspace(Path(beside).absolute()) as work:
+        yield work
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Clear what killed writers left in `folder`, whatever the names they were to write."""
+    for lock_path in folder.glob(".?*.????????.lock"):
+        _remove_leftovers(folder / lock_path.name[1 : -len(".12345678.lock")])
+
+
 def write_text_atomic(path: Path | str, text: str) -> None:
     """Write a UTF-8 text file whole or not at all; OutOfSpace when the disk is full."""
     write_bytes_atomic(path, text.encode("utf-8"))

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from runtime.backends import Engine
 from runtime.manifest import Manifest
-from runtime.query_cache import QueryCache, cache_key
+from runtime.query_cache import Cache, cache_key
 from runtime.stopwatch import Stopwatch
 
 Floats = npt.NDArray[np.float32]
@@ -35,7 +35,7 @@ class ImageEncoder:
         self,
         vision: Engine | None,
         qformer: Engine | None,
-        cache: QueryCache,
+        cache: Cache,
         manifest: Manifest,
         fused: Engine | None = None,
     ) -> None:
@@ -75,10 +75,24 @@ class ImageEncoder:
 
         return np.stack(self._remembered(prefix_keys, prefixes_of))
 
+    def remember(self, pixels_BCHW: Floats, question: Sequence[int] | None) -> int:
+        """Put into the cache what these images can be asked for, `question` among it; returns how many were new."""
+        keys = [[self._key("prefix", pixels, question)] for pixels in pixels_BCHW]
+        if self._question_conditioned:
+            for of_image, pixels in zip(keys, pixels_BCHW, strict=True):
+                of_image.append(self._key("image_embeds", pixels, None))
+        new = len({of_image[0] for of_image in keys if not all(key in self._cache for key in of_image)})
+        self.encode(pixels_BCHW, [question] * len(pixels_BCHW), Stopwatch())
+        if self._question_conditioned:
+            self._image_embeds(pixels_BCHW, [of_image[1] for of_image in keys])
+        return new
+
     def _fusible(self, rows: Rows, image_keys: Sequence[str], questions: Sequence[Sequence[int] | None]) -> list[int]:
         """Rows without a question whose vision features are neither remembered nor needed by another row."""
         if self._fused is None:
             return []
+        if self._vision is None:
+            return list(rows)
         asked = {image_keys[row] for row in rows if questions[row] is not None}
         return [
             row
@@ -135,7 +149,7 @@ class ImageEncoder:
         return cache_key({"stored": stored, **self._identity, "pixels": pixels_CHW, **asked})
 
 
-def open_encoder(manifest: Manifest, engine: Callable[[str], Engine], cache: QueryCache) -> ImageEncoder:
+def open_encoder(manifest: Manifest, engine: Callable[[str], Engine], cache: Cache) -> ImageEncoder:
     """The encoder of a bundle; `engine` gives the engine of a named graph, and is asked for no more than are needed."""
     fused = engine(FUSED) if FUSED in manifest.graphs else None
     if fused is not None and not manifest.model.question_conditioned:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
+from runtime.errors import InputError
 from runtime.precision import LanguagePrecision, Precision, Target
 from runtime.preprocess import PreprocessSettings
 from runtime.settings import Settings
@@ -141,3 +142,20 @@ class Manifest(Settings):
     """Path inside the bundle → SHA-256 of every other file."""
     made_by: dict[str, str]
     """Name → version of what made the bundle."""
+
+    def side(self, image_size: int | None) -> int | None:
+        """The side (pixels) that a request's image is read at; None for the trained one.
+
+        Raises:
+            InputError: a size the bundle was not exported for.
+        """
+        trained, others = self.preprocess.height, self.limits.image_sizes
+        if image_size in (None, trained):
+            return None
+        if image_size not in others:
+            sizes = " or ".join(map(str, (trained, *others)))
+            raise InputError(
+                f"image_size: expected {sizes} (what this bundle was exported for), "
+                f"found {image_size}; export one: qforge export --set export.image_sizes=[{image_size}]"
+            )
+        return image_size

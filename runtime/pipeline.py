@@ -18,13 +18,14 @@ from runtime.answers import Answer, Request
 from runtime.backends import CPU, Engine, Opener
 from runtime.bundle import Bundle
 from runtime.closing import Closing
+from runtime.disk_cache import DiskCache
 from runtime.errors import InputError
 from runtime.image_encoder import open_encoder
 from runtime.preprocess import ImageSource, preprocess_batch
-from runtime.query_cache import QueryCache
 from runtime.speaker import open_decoder
 from runtime.stopwatch import Stopwatch
 from runtime.text import qformer_text
+from runtime.tiered_cache import open_cache
 from runtime.tokenizer import TextTokenizer, cut
 
 TOKENIZER = "tokenizer.json"
@@ -37,8 +38,13 @@ QFORMER_TOKENIZER = "qformer_tokenizer.json"
 class Pipeline(Closing):
     """A bundle that is open and ready; satisfies `runtime.answers.Answerer`. Safe to share between threads."""
 
-    def __init__(self, bundle: Bundle, *, device: Opener = CPU, cache_bytes: int) -> None:
-        """Open every graph it answers with on `device`; `cache_bytes` and the errors are those of `runtime.load`."""
+    def __init__(
+        self, bundle: Bundle, *, device: Opener = CPU, cache_bytes: int, disk: DiskCache | None = None
+    ) -> None:
+        """Open every graph it answers with on `device`; `cache_bytes` and the errors are those of `runtime.load`.
+
+        `disk` is the cache behind the one in memory; None for no such tier.
+        """
         if bundle.manifest.model.style == "none":
             raise InputError(
                 f"{bundle.path}: this bundle searches and cannot answer: it was exported without a language model; "
@@ -46,7 +52,7 @@ class Pipeline(Closing):
                 f"qforge export CKPT --heads generate"
             )
         self.bundle = bundle
-        self.cache = QueryCache(cache_bytes)
+        self.cache = open_cache(cache_bytes, disk)
         manifest = bundle.manifest
         self._tokenizer = TextTokenizer(bundle.file(TOKENIZER))
         self._qformer_tokenizer = (
@@ -78,7 +84,7 @@ class Pipeline(Closing):
         prompts = [self._prompt_ids(request) for request in requests]
         questions = [self._question_ids(request) for request in requests]
         generated: dict[int, tuple[int, ...]] = {}
-        sides = [self._side(request) for request in requests]
+        sides = [manifest.side(request.image_size) for request in requests]
         for rows in one_size_batches(sides, manifest.limits.max_batch):
             with watch.phase("preprocess"):
                 images = [requests[row].image for row in rows]
@@ -118,19 +124,6 @@ class Pipeline(Closing):
     def close(self) -> None:
         """Free the graphs."""
         self._engines.close()
-
-    def _side(self, request: Request) -> int | None:
-        """The side that a request asks for; None for the trained one."""
-        trained, others = self.bundle.manifest.preprocess.height, self.bundle.manifest.limits.image_sizes
-        if request.image_size in (None, trained):
-            return None
-        if request.image_size not in others:
-            sizes = " or ".join(map(str, (trained, *others)))
-            raise InputError(
-                f"image_size: expected {sizes} (what this bundle was exported for), "
-                f"found {request.image_size}; export one: qforge export --set export.image_sizes=[{request.image_size}]"
-            )
-        return request.image_size
 
     def _prompt_ids(self, request: Request) -> list[int]:
         return self._tokenizer.encode(self._prompt(request))

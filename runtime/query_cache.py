@@ -9,7 +9,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,40 @@ from runtime.errors import InputError
 
 Field: TypeAlias = str | Sequence[int] | npt.NDArray[Any]
 """What a key may be made of."""
+
+
+Statistics: TypeAlias = dict[str, dict[str, int | str | None]]
+"""Counters and sizes (bytes) by tier, ready for `json.dumps`."""
+
+
+class Cache(Protocol):
+    """Arrays by key, as `ImageEncoder` sees them; whoever implements it may forget any of them at any time."""
+
+    @property
+    def hits(self) -> int:
+        """Look-ups that gave an array."""
+        ...
+
+    @property
+    def misses(self) -> int:
+        """Look-ups that gave none."""
+        ...
+
+    def get(self, key: str) -> npt.NDArray[np.float32] | None:
+        """The array under `key` (read-only), or None; counts a hit or a miss."""
+        ...
+
+    def __contains__(self, key: str) -> bool:
+        """Whether there seems to be an array under `key`; counts nothing and does not make it recent."""
+        ...
+
+    def put(self, key: str, array: npt.NDArray[np.float32]) -> None:
+        """Keep a copy under `key`, if there is room for it."""
+        ...
+
+    def statistics(self) -> Statistics:
+        """What was counted since this object was made."""
+        ...
 
 
 def cache_key(fields: Mapping[str, Field]) -> str:
@@ -77,3 +111,16 @@ class QueryCache:
                 _, evicted = self._arrays.popitem(last=False)
                 self.bytes -= evicted.nbytes
                 self.evictions += 1
+
+    def statistics(self) -> Statistics:
+        """What was counted since this object was made, under "memory"."""
+        with self._lock:
+            counted: dict[str, int | str | None] = {
+                "hits": self.hits,
+                "misses": self.misses,
+                "evictions": self.evictions,
+                "entries": len(self._arrays),
+                "bytes": self.bytes,
+                "max_bytes": self.max_bytes,
+            }
+        return {"memory": counted}
