@@ -19,7 +19,6 @@ import numpy.typing as npt
 from runtime.backends import Device
 from runtime.cache_entry import DamagedEntry, decode, encode
 from runtime.cache_folder import CacheFolder
-from runtime.files import scratch_file
 from runtime.query_cache import Statistics, cache_key
 
 MAX_ENTRY_BYTES = 1024**3
@@ -74,8 +73,7 @@ class DiskCache:
             return
         name = self._name(key)
         try:
-            self.folder.staging.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with scratch_file(self.folder.staging / name) as work:
+            with self.folder.staged(name) as work:
                 _write(work, encode(name, array))
                 removed = self.folder.take_in(work, self.folder.place(self._digest, name))
                 written = not work.exists()

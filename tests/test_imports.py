@@ -69,7 +69,8 @@ def test_answering_needs_no_torch() -> None:
     in_fresh_python(
         "import sys\n"
         f"for name in {sorted(HEAVY)!r}: sys.modules[name] = None\n"
-        "import qforge.verbs_answer, qforge.verbs_bundle, qforge.verbs_retrieval, qforge.doctor, qforge.evaluation\n"
+        "import qforge.verbs_answer, qforge.verbs_bundle, qforge.verbs_cache, qforge.verbs_retrieval, qforge.doctor\n"
+        "import qforge.evaluation\n"
     )
 
 
