@@ -19,6 +19,7 @@ import numpy.typing as npt
 from runtime.backends import Device
 from runtime.cache_entry import DamagedEntry, decode, encode
 from runtime.cache_folder import CacheFolder
+from runtime.errors import OutOfSpace
 from runtime.query_cache import Statistics, cache_key
 
 MAX_ENTRY_BYTES = 1024**3
@@ -118,7 +119,9 @@ class DiskCache:
     def _note_failure(self, error: OSError) -> None:
         with self._lock:
             self._counts["failures"] += 1
-            self._problem = f"{self.folder.path}: {error.strerror or error}"
+            full = isinstance(error, OutOfSpace)
+            told = f"no space left ({error.free_bytes:,} bytes are free)" if full else error.strerror or error
+            self._problem = f"{self.folder.path}: {told}"
 
 
 def _read(place: Path) -> bytes:

@@ -49,7 +49,8 @@ def counted(cache):
 
 
 def held(cache):
-    return sum(entry.bytes for entry in cache.folder.entries())
+    with cache.folder._locked():  # else a look at all files sees one that goes and the one it goes for
+        return sum(entry.bytes for entry in cache.folder.entries())
 
 
 def only(cache):
@@ -206,9 +207,10 @@ def test_the_bound_holds_within_two_percent(tmp_path):
     cache = opened(tmp_path, max_bytes=bound)
     for number in range(600):
         cache.put(str(number), block(number))
-        now = held(cache)
-        assert now <= bound and now == counted(cache)["bytes"]
-        assert number < 300 or now >= 0.98 * bound - 1300
+        if number % 3 == 0:
+            now = held(cache)
+            assert now <= bound and now == counted(cache)["bytes"]
+            assert number < 300 or now >= 0.98 * bound - 1300
     assert counted(cache)["evictions"] > 300
     cache.put("small bound", block(0, count=bound))
     assert "small bound" not in cache, "larger than all the room"
@@ -311,7 +313,8 @@ def test_a_full_disk_is_told_once_and_stops_nothing(tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert len(attempts) == 1, "the next attempt comes after a pause"
-    assert counted(cache)["failures"] == 1 and str(tmp_path) in counted(cache)["problem"]
+    assert counted(cache)["failures"] == 1
+    assert counted(cache)["problem"].startswith(f"{tmp_path}: no space left (")
     assert held(cache) == counted(cache)["bytes"] and list(cache.folder.staging.iterdir()) == []
     monkeypatch.setattr(disk_cache, "RETRY_S", 0.0)
     cache._pause_until_s = 0.0

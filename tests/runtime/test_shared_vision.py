@@ -87,7 +87,7 @@ def test_a_new_question_in_a_new_process_pays_the_qformer_alone(tiny_bundle, tmp
         vision, qformer = count(pipeline, monkeypatch)
         assert ask(pipeline, REDDISH, ["opposite"]) == ["a blue"]
         assert (vision.images, qformer.images) == (0, 1)
-        assert pipeline.vqa(REDDISH, "opposite").text == "a blue"
+        assert pipeline.vqa(REDDISH, "photo").text == "a red"
         tiers = pipeline.cache.statistics()
         assert (tiers["memory"]["hits"], tiers["disk"]["hits"]) == (1, 1), "what came from the disk stays in memory"
 
