@@ -119,8 +119,9 @@ class DiskCache:
     def _note_failure(self, error: OSError) -> None:
         with self._lock:
             self._counts["failures"] += 1
-            full = isinstance(error, OutOfSpace)
-            told = f"no space left ({error.free_bytes:,} bytes are free)" if full else error.strerror or error
+            told = error.strerror or str(error)
+            if isinstance(error, OutOfSpace):  # its own sentence advises to run the command again: no need
+                told = f"no space left ({error.free_bytes:,} bytes are free)"
             self._problem = f"{self.folder.path}: {told}"
 
 
