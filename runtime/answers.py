@@ -44,6 +44,15 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """Another text for the same request."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """Generated ids, the end token excluded."""
+
+
+@dataclass(frozen=True)
 class Answer:
     """What one request got."""
 
@@ -57,6 +66,13 @@ class Answer:
     """Generated ids, the end token excluded."""
     timings_ms: dict[str, float]
     """Wall time of the whole batch by phase: preprocess, vision, qformer, prefill, decode, total (milliseconds)."""
+    alternatives: tuple[Alternative, ...] = ()
+    """The other `num_return_sequences` texts, the best beam first."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every text, the answer's own first."""
+        return (self.text, *(other.text for other in self.alternatives))
 
     @property
     def new_tokens(self) -> int:
@@ -64,13 +80,15 @@ class Answer:
         return len(self.token_ids)
 
     def as_json(self) -> dict[str, Any]:
-        """The five public keys, ready for `json.dumps`."""
+        """The five public keys, ready for `json.dumps`; `alternatives` is a sixth where there are any."""
+        others = [{"text": other.text, "token_ids": list(other.token_ids)} for other in self.alternatives]
         return {
             "image": self.image,
             "question": self.question,
             "text": self.text,
             "token_ids": list(self.token_ids),
             "timings_ms": dict(self.timings_ms),
+            **({"alternatives": others} if others else {}),
         }
 
 

@@ -12,49 +12,34 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from runtime.backends import Arrays, Engine
+from runtime.decoding.task import Floats, Ids
+from runtime.decoding.text_decoder import TextDecoder
 from runtime.errors import InputError
-from runtime.greedy import Floats, Ids, check_new_tokens, choose_greedy, until_ended
 from runtime.manifest import Generation, Limits
-from runtime.stopwatch import Stopwatch
 
 
-class Decoder:
-    """Runs the graphs `embed` and `language` until every row has ended; satisfies `runtime.greedy.TextDecoder`."""
+class Decoder(TextDecoder):
+    """Runs the graphs `embed` and `language`."""
 
     def __init__(
         self, embed: Engine, language: Engine, generation: Generation, limits: Limits, cache_type: str = "float32"
     ) -> None:
         """The engines stay the caller's to close; `cache_type` is numpy's name of what the cache is kept in."""
+        super().__init__(generation, limits, "language")
         self._embed = embed
         self._language = language
-        self._generation = generation
-        self._limits = limits
         self._cache_shapes, self._cache_type = cache_shapes(language), cache_type
 
-    def generate(
-        self, prefix_BQD: Floats, prompts: Sequence[Sequence[int]], max_new_tokens: int, watch: Stopwatch
-    ) -> list[tuple[int, ...]]:
-        """Generated ids of each row; see `TextDecoder`."""
-        batch, queries, _ = prefix_BQD.shape
-        self._check_limits(queries + max(len(prompt) for prompt in prompts), max_new_tokens)
-        with watch.phase("prefill"):
-            embeds_BSD, mask_BS = self._left_padded(prefix_BQD, prompts)
-            feeds: Arrays = {"inputs_embeds": embeds_BSD, "attention_mask": mask_BS}
-            logits_BV, past = advance(self._language, feeds, empty_cache(self._cache_shapes, batch, self._cache_type))
-            ids_B = choose_greedy(logits_BV, "language")
+    def start(self, prefix_BQD: Floats, prompts: Sequence[Sequence[int]]) -> tuple[Floats, "DecoderSteps"]:
+        """Prefill; see `TextDecoder`."""
+        embeds_BSD, mask_BS = self._left_padded(prefix_BQD, prompts)
+        feeds: Arrays = {"inputs_embeds": embeds_BSD, "attention_mask": mask_BS}
+        past = empty_cache(self._cache_shapes, len(prefix_BQD), self._cache_type)
+        logits_BV, past = advance(self._language, feeds, past)
+        return logits_BV, DecoderSteps(self._embed, self._language, mask_BS, past)
 
-        def following(ids_B1: Ids) -> Ids:
-            nonlocal mask_BS, past
-            mask_BS = np.pad(mask_BS, ((0, 0), (0, 1)), constant_values=1)
-            feeds: Arrays = {"inputs_embeds": embedded(self._embed, ids_B1), "attention_mask": mask_BS}
-            logits_BV, past = advance(self._language, feeds, past)
-            return choose_greedy(logits_BV, "language")
-
-        with watch.phase("decode"):
-            return until_ended(ids_B, following, self._generation, max_new_tokens)
-
-    def _check_limits(self, prompt_positions: int, max_new_tokens: int) -> None:
-        check_new_tokens(max_new_tokens, self._limits)
+    def check_positions(self, prompt_positions: int, max_new_tokens: int) -> None:
+        """See `TextDecoder`."""
         needed = prompt_positions + max_new_tokens - 1  # the last token is never fed back
         if needed > self._limits.max_positions:
             raise InputError(
@@ -81,6 +66,25 @@ class Decoder:
         return embeds_BSD, mask_BS
 
 
+class DecoderSteps:
+    """The rows of one batch behind their prefill; satisfies `runtime.decoding.task.Steps`."""
+
+    def __init__(self, embed: Engine, language: Engine, mask_BS: Ids, past: Arrays) -> None:
+        self._embed, self._language, self._mask_BS, self._past = embed, language, mask_BS, past
+
+    def step(self, ids_B: Ids) -> Floats:
+        """Scores [B, V] after one more token."""
+        self._mask_BS = np.pad(self._mask_BS, ((0, 0), (0, 1)), constant_values=1)
+        feeds: Arrays = {"inputs_embeds": embedded(self._embed, ids_B[:, None]), "attention_mask": self._mask_BS}
+        logits_BV, self._past = advance(self._language, feeds, self._past)
+        return logits_BV
+
+    def select(self, rows_B: Ids) -> None:
+        """Mask and cache of these rows."""
+        self._mask_BS = self._mask_BS[rows_B]
+        self._past = selected(self._past, rows_B)
+
+
 def advance(graph: Engine, feeds: Arrays, past: Arrays) -> tuple[Floats, Arrays]:
     """Scores after the last position, and the cache with the new positions added."""
     outputs = graph.run({**feeds, **past})
@@ -102,3 +106,10 @@ def cache_shapes(graph: Engine) -> dict[str, tuple[int, int]]:
 def empty_cache(shapes: Mapping[str, tuple[int, int]], batch: int, dtype: str) -> Arrays:
     """A cache without positions."""
     return {name: np.zeros((batch, heads, 0, head_width), dtype) for name, (heads, head_width) in shapes.items()}
+
+
+def selected(arrays: Arrays, rows_B: Ids) -> Arrays:
+    """These rows of every array; nothing is copied where they are all rows in their order."""
+    if all(np.array_equal(rows_B, np.arange(len(array))) for array in arrays.values()):
+        return arrays
+    return {name: array[rows_B] for name, array in arrays.items()}

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from runtime.backends import Arrays, Engine
-from runtime.decoder import advance, cache_shapes, embedded, empty_cache
+from runtime.decoder import advance, cache_shapes, embedded, empty_cache, selected
+from runtime.decoding.task import Floats, Ids
+from runtime.decoding.text_decoder import TextDecoder
 from runtime.errors import BundleError, InputError
-from runtime.greedy import Floats, Ids, check_new_tokens, choose_greedy, until_ended
 from runtime.manifest import Generation, Limits
-from runtime.stopwatch import Stopwatch
 
 
-class EncoderDecoder:
-    """Runs the graphs `embed`, `encoder` and `decoder`; satisfies `runtime.greedy.TextDecoder`."""
+class EncoderDecoder(TextDecoder):
+    """Runs the graphs `embed`, `encoder` and `decoder`."""
 
     def __init__(
         self,
@@ -40,42 +40,27 @@ class EncoderDecoder:
                 "manifest.json: generation.start_token_id: expected the token an encoder-decoder begins with, found "
                 "none; export the bundle again"
             )
+        super().__init__(generation, limits, "decoder")
         self._embed = embed
         self._encoder = encoder
         self._decoder = decoder
         self._start_token_id = generation.start_token_id
-        self._generation = generation
-        self._limits = limits
         self._cache_shapes, self._cache_type = cache_shapes(decoder), cache_type
 
-    def generate(
-        self, prefix_BQD: Floats, prompts: Sequence[Sequence[int]], max_new_tokens: int, watch: Stopwatch
-    ) -> list[tuple[int, ...]]:
-        """Generated ids of each row; see `TextDecoder`."""
-        batch, queries, _ = prefix_BQD.shape
-        self._check_limits(queries + max(len(prompt) for prompt in prompts), max_new_tokens)
-        with watch.phase("prefill"):
-            embeds_BSD, mask_BS = self._right_padded(prefix_BQD, prompts)
-            read = self._encoder.run({"inputs_embeds": embeds_BSD, "attention_mask": mask_BS})
-            seen = {"attention_mask": mask_BS} | {name: read[name] for name in read if name.startswith("cross_")}
-            start_B1 = np.full((batch, 1), self._start_token_id, np.int64)
-            feeds: Arrays = {"inputs_embeds": embedded(self._embed, start_B1), **seen}
-            logits_BV, past = advance(self._decoder, feeds, empty_cache(self._cache_shapes, batch, self._cache_type))
-            ids_B = choose_greedy(logits_BV, "decoder")
+    def start(self, prefix_BQD: Floats, prompts: Sequence[Sequence[int]]) -> tuple[Floats, "EncoderDecoderSteps"]:
+        """Encoder and first token; see `TextDecoder`."""
+        embeds_BSD, mask_BS = self._right_padded(prefix_BQD, prompts)
+        read = self._encoder.run({"inputs_embeds": embeds_BSD, "attention_mask": mask_BS})
+        seen = {"attention_mask": mask_BS} | {name: read[name] for name in read if name.startswith("cross_")}
+        past = empty_cache(self._cache_shapes, len(prefix_BQD), self._cache_type)
+        steps = EncoderDecoderSteps(self._embed, self._decoder, seen, past)
+        return steps.step(np.full(len(prefix_BQD), self._start_token_id, np.int64)), steps
 
-        def following(ids_B1: Ids) -> Ids:
-            nonlocal past
-            logits_BV, past = advance(self._decoder, {"inputs_embeds": embedded(self._embed, ids_B1), **seen}, past)
-            return choose_greedy(logits_BV, "decoder")
-
-        with watch.phase("decode"):
-            return until_ended(ids_B, following, self._generation, max_new_tokens)
-
-    def _check_limits(self, read_positions: int, max_new_tokens: int) -> None:
-        check_new_tokens(max_new_tokens, self._limits)
-        if read_positions > self._limits.max_positions:
+    def check_positions(self, prompt_positions: int, max_new_tokens: int) -> None:
+        """Of what the encoder reads; see `TextDecoder`."""
+        if prompt_positions > self._limits.max_positions:
             raise InputError(
-                f"prompt: image and prompt take {read_positions} positions, this bundle has "
+                f"prompt: image and prompt take {prompt_positions} positions, this bundle has "
                 f"{self._limits.max_positions}; shorten the prompt"
             )
 
@@ -91,3 +76,25 @@ class EncoderDecoder:
             ids_BT[row, : len(prompt)] = prompt
             mask_BS[row, queries + len(prompt) :] = 0
         return np.concatenate([prefix_BQD, embedded(self._embed, ids_BT)], axis=1), mask_BS
+
+
+class EncoderDecoderSteps:
+    """The rows of one batch behind the encoder; satisfies `runtime.decoding.task.Steps`."""
+
+    def __init__(self, embed: Engine, decoder: Engine, seen: Arrays, past: Arrays) -> None:
+        self._embed, self._decoder, self._seen, self._past = embed, decoder, seen, past
+        self._read_B = np.arange(len(seen["attention_mask"]))
+        """Which of the rows that the encoder read each row belongs to."""
+
+    def step(self, ids_B: Ids) -> Floats:
+        """Scores [B, V] after one more token."""
+        feeds = {"inputs_embeds": embedded(self._embed, ids_B[:, None]), **self._seen}
+        logits_BV, self._past = advance(self._decoder, feeds, self._past)
+        return logits_BV
+
+    def select(self, rows_B: Ids) -> None:
+        """Cache of these rows; what the encoder read is moved only where a row's image changes, not between beams."""
+        self._past = selected(self._past, rows_B)
+        if not np.array_equal(self._read_B[rows_B], self._read_B):
+            self._seen = selected(self._seen, rows_B)
+        self._read_B = self._read_B[rows_B]

@@ -6,7 +6,7 @@
 Shape letters: B images, C colour channels, H height, W width, Q queries, D language width
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,16 +14,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from runtime.answers import Answer, Request
+from runtime.answers import Alternative, Answer, Request
 from runtime.backends import CPU, Engine, Opener
 from runtime.bundle import Bundle
 from runtime.closing import Closing
+from runtime.decoding import GREEDY, Decoding
+from runtime.decoding.stop_strings import StopStrings
 from runtime.disk_cache import DiskCache
 from runtime.errors import InputError
 from runtime.image_encoder import open_encoder
 from runtime.preprocess import ImageSource, preprocess_batch
 from runtime.speaker import open_decoder
 from runtime.stopwatch import Stopwatch
+from runtime.streaming import Piece, SteadyText
 from runtime.text import qformer_text
 from runtime.tiered_cache import open_cache
 from runtime.tokenizer import TextTokenizer, cut
@@ -67,7 +70,9 @@ class Pipeline(Closing):
             self._decoder = open_decoder(manifest, engine)
             self._engines = opened.pop_all()
 
-    def answer(self, requests: Sequence[Request], *, max_new_tokens: int | None = None) -> list[Answer]:
+    def answer(
+        self, requests: Sequence[Request], *, max_new_tokens: int | None = None, decoding: Decoding = GREEDY
+    ) -> list[Answer]:
         """Answer all requests; more than the bundle's `max_batch` are run in several batches.
 
         Every answer carries the timings of this whole call.
@@ -80,34 +85,79 @@ class Pipeline(Closing):
         manifest = self.bundle.manifest
         if not requests:
             raise InputError("expected at least one request, found none")
-        new_tokens = manifest.generation.max_new_tokens if max_new_tokens is None else max_new_tokens
+        new_tokens = self._new_tokens(max_new_tokens)
         prompts = [self._prompt_ids(request) for request in requests]
         questions = [self._question_ids(request) for request in requests]
-        generated: dict[int, tuple[int, ...]] = {}
+        generated: dict[int, list[tuple[int, ...]]] = {}
         sides = [manifest.side(request.image_size) for request in requests]
+        many = decoding.num_return_sequences
         for rows in one_size_batches(sides, manifest.limits.max_batch):
             with watch.phase("preprocess"):
                 images = [requests[row].image for row in rows]
                 pixels_BCHW = preprocess_batch(images, manifest.preprocess.at(sides[rows[0]]))
             asked, told = [questions[row] for row in rows], [prompts[row] for row in rows]
-            said = self.generate(pixels_BCHW, asked, told, new_tokens, watch)
-            generated |= dict(zip(rows, said, strict=True))
-        texts = [self._tokenizer.decode(generated[row]) for row in range(len(requests))]
+            said = self.generate(pixels_BCHW, asked, told, new_tokens, watch, decoding)
+            generated |= {row: said[place * many : (place + 1) * many] for place, row in enumerate(rows)}
+        texts = [[self._tokenizer.decode(ids) for ids in generated[row]] for row in range(len(requests))]
         timings_ms = watch.timings_ms()
         return [
-            Answer(request.image_name, request.question, texts[row], generated[row], timings_ms)
+            Answer(
+                request.image_name,
+                request.question,
+                texts[row][0],
+                generated[row][0],
+                timings_ms,
+                tuple(Alternative(*other) for other in zip(texts[row][1:], generated[row][1:], strict=True)),
+            )
             for row, request in enumerate(requests)
         ]
 
-    def caption(self, images: ImageSource | Sequence[ImageSource], prompt: str | None = None) -> list[Answer]:
+    def caption(
+        self, images: ImageSource | Sequence[ImageSource], prompt: str | None = None, *, decoding: Decoding = GREEDY
+    ) -> list[Answer]:
         """Caption one image or several."""
         one = isinstance(images, str | Path | bytes | Image.Image | np.ndarray)
         sources: Sequence[ImageSource] = [images] if one else images  # type: ignore[list-item, assignment]
-        return self.answer([Request(image, prompt=prompt) for image in sources])
+        return self.answer([Request(image, prompt=prompt) for image in sources], decoding=decoding)
 
-    def vqa(self, image: ImageSource, question: str, prompt: str | None = None) -> Answer:
+    def vqa(
+        self, image: ImageSource, question: str, prompt: str | None = None, *, decoding: Decoding = GREEDY
+    ) -> Answer:
         """Answer a question about an image."""
-        return self.answer([Request(image, question, prompt)])[0]
+        return self.answer([Request(image, question, prompt)], decoding=decoding)[0]
+
+    def stream(
+        self, request: Request, *, max_new_tokens: int | None = None, decoding: Decoding = GREEDY
+    ) -> Iterator[Piece]:
+        """One answer while it is said: a piece per token, and a last one that has the whole answer.
+
+            for piece in pipeline.stream(Request("photo.jpg")):
+                print(piece.text, end="", flush=True)
+
+        The pieces' texts together are the answer's. The image is read before this returns, so that what is wrong with
+        a request is known before the first piece.
+
+        Raises:
+            ImageError: the image cannot be read.
+            InputError: a bad prompt or question, several sequences or beams, or beyond the bundle's limits.
+        """
+        watch, side = Stopwatch(), self.bundle.manifest.side(request.image_size)
+        new_tokens = self._new_tokens(max_new_tokens)
+        prompt, question = self._prompt_ids(request), self._question_ids(request)
+        with watch.phase("preprocess"):
+            pixels_BCHW = preprocess_batch([request.image], self.bundle.manifest.preprocess.at(side))
+        prefix_BQD = self._encoder.encode(pixels_BCHW, [question], watch)
+        tokens = self._decoder.stream(prefix_BQD, prompt, new_tokens, watch, decoding, self._stops(decoding))
+        return self._pieces(request, tokens, watch)
+
+    def _pieces(self, request: Request, tokens: Iterator[int], watch: Stopwatch) -> Iterator[Piece]:
+        steady, said = SteadyText(self._tokenizer), list[int]()
+        for token in tokens:
+            said.append(token)
+            yield Piece(steady.put(token), (token,))
+        rest, text = steady.end()
+        answer = Answer(request.image_name, request.question, text, tuple(said), watch.timings_ms())
+        yield Piece(rest, (), answer)
 
     def generate(
         self,
@@ -116,14 +166,24 @@ class Pipeline(Closing):
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         watch: Stopwatch,
+        decoding: Decoding = GREEDY,
     ) -> list[tuple[int, ...]]:
-        """One batch from pixels and ids to generated ids (end token excluded); what `answer` and replay share."""
+        """One batch from pixels and ids to generated ids (end token excluded); what `answer` and replay share.
+
+        A row is `num_return_sequences` texts, one after the other.
+        """
         prefix_BQD = self._encoder.encode(pixels_BCHW, questions, watch)
-        return self._decoder.generate(prefix_BQD, prompts, max_new_tokens, watch)
+        return self._decoder.generate(prefix_BQD, prompts, max_new_tokens, watch, decoding, self._stops(decoding))
 
     def close(self) -> None:
         """Free the graphs."""
         self._engines.close()
+
+    def _new_tokens(self, asked: int | None) -> int:
+        return self.bundle.manifest.generation.max_new_tokens if asked is None else asked
+
+    def _stops(self, decoding: Decoding) -> StopStrings | None:
+        return StopStrings(self._tokenizer, decoding.stop_strings) if decoding.stop_strings else None
 
     def _prompt_ids(self, request: Request) -> list[int]:
         return self._tokenizer.encode(self._prompt(request))

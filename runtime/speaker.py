@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from runtime.backends import Engine
 from runtime.decoder import Decoder
+from runtime.decoding.text_decoder import TextDecoder
 from runtime.encoder_decoder import EncoderDecoder
 from runtime.errors import InputError
-from runtime.greedy import TextDecoder
 from runtime.manifest import Manifest
 
 LANGUAGE_GRAPHS: dict[str, tuple[str, ...]] = {

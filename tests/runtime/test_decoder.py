@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from runtime.decoder import Decoder
+from runtime.decoding.one_by_one import choose_greedy
 from runtime.errors import CheckFailed, InputError
-from runtime.greedy import choose_greedy
 from runtime.manifest import Generation, Limits
 from runtime.stopwatch import Stopwatch
 
