@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from qforge.recipe import load_recipe as load_recipe
     from runtime import load as load
     from runtime import load_retrieval as load_retrieval
+    from runtime.decoding import Decoding as Decoding
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "__version__", "load", "load_recipe", "load_retrieval"]
+__all__ = ["Decoding", "Recipe", "__version__", "load", "load_recipe", "load_retrieval"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +27,8 @@ def __getattr__(name: str) -> Any:
         from qforge import recipe
 
         return getattr(recipe, name)
+    if name == "Decoding":
+        from runtime.decoding import Decoding
+
+        return Decoding
     raise AttributeError(f"module 'qforge' has no attribute {name!r}")

@@ -31,14 +31,17 @@ from qforge.options import (
     RecipeFile,
     RunFolder,
     Stage,
+    Stream,
     Task,
     Threads,
     app,
     data,
+    decodes,
 )
 
 if TYPE_CHECKING:
     from runtime.backends import Device
+    from runtime.decoding import Decoding
 
 
 @verb(app, "run", "qforge run recipes/demo.yaml --out runs/demo --set stage1.steps=200")
@@ -199,7 +202,8 @@ def doctor() -> Outcome:
     return doctor.doctor()
 
 
-@verb(app, "caption", "qforge caption runs/demo/bundle-int8 photo.jpg other.png --json")
+@verb(app, "caption", "qforge caption runs/demo/bundle-int8 photo.jpg other.png --num-beams 5 --json")
+@decodes
 def caption(
     bundle: BundleFolder,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
@@ -207,18 +211,22 @@ def caption(
     max_new_tokens: MaxNewTokens = None,
     image_size: ImageSize = None,
     cache_dir: CacheDir = None,
+    stream: Stream = False,
     backend: Backend = "ort",
     provider: ProviderName = "cpu",
     threads: Threads = None,
+    *,
+    decoding: "Decoding",
 ) -> Outcome:
     """Describe images."""
     from qforge import verbs_answer
 
-    device = _device(backend, provider, threads)
-    return verbs_answer.caption(bundle, images, prompt, max_new_tokens, image_size, device, cache_dir)
+    how = verbs_answer.How(prompt, max_new_tokens, image_size, decoding, stream, cache_dir)
+    return verbs_answer.caption(bundle, images, how, _device(backend, provider, threads))
 
 
-@verb(app, "vqa", 'qforge vqa runs/demo/bundle-int8 picture.png "what colour is the circle?"')
+@verb(app, "vqa", 'qforge vqa runs/demo/bundle-int8 picture.png "what colour is the circle?" --stream')
+@decodes
 def vqa(
     bundle: BundleFolder,
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file.")],
@@ -227,15 +235,18 @@ def vqa(
     max_new_tokens: MaxNewTokens = None,
     image_size: ImageSize = None,
     cache_dir: CacheDir = None,
+    stream: Stream = False,
     backend: Backend = "ort",
     provider: ProviderName = "cpu",
     threads: Threads = None,
+    *,
+    decoding: "Decoding",
 ) -> Outcome:
     """Answer questions about an image."""
     from qforge import verbs_answer
 
-    device = _device(backend, provider, threads)
-    return verbs_answer.vqa(bundle, image, questions, prompt, max_new_tokens, image_size, device, cache_dir)
+    how = verbs_answer.How(prompt, max_new_tokens, image_size, decoding, stream, cache_dir)
+    return verbs_answer.vqa(bundle, image, questions, how, _device(backend, provider, threads))
 
 
 from qforge import cli_cache  # noqa: E402, F401 - as above

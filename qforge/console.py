@@ -10,9 +10,10 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -62,8 +63,12 @@ def verb(group: typer.Typer, name: str, example: str) -> Callable[[Verb], Verb]:
 def guarded(work: Callable[[], Outcome], *, as_json: bool, debug: bool) -> int:
     """Do the work, stdout kept for its result; an error becomes a sentence on stderr. Returns the exit code."""
     try:
-        with redirect_stdout(sys.stderr):
-            outcome = work()
+        token = _stdout.set((sys.stdout, as_json))
+        try:
+            with redirect_stdout(sys.stderr):
+                outcome = work()
+        finally:
+            _stdout.reset(token)
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError):
             raise
@@ -76,6 +81,16 @@ def guarded(work: Callable[[], Outcome], *, as_json: bool, debug: bool) -> int:
         return code
     print(json.dumps(outcome.data) if as_json else outcome.text)
     return outcome.exit_code
+
+
+_stdout: ContextVar[tuple[TextIO, bool]] = ContextVar("stdout")
+"""Where results go while a verb is at work, and whether as JSON."""
+
+
+def emit(data: dict[str, Any], text: str) -> None:
+    """A part of a verb's result before the verb is done: with `--json` one line of it, else the bare text."""
+    stdout, as_json = _stdout.get((sys.stdout, False))
+    print(json.dumps(data) if as_json else text, end="\n" if as_json else "", file=stdout, flush=True)
 
 
 def must_be_ours(out: Path, marker: str) -> None:

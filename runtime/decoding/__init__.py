@@ -72,12 +72,12 @@ class Decoding:
                 yield f"{name}: expected a whole number of at least {least}, found {value!r}"
         for name in ("repetition_penalty", "temperature"):
             value = getattr(self, name)
-            if not _is_number(value) or value <= 0:
-                yield f"{name}: expected a number above 0, found {value!r}"
+            if not _is_number(value) or not 1e-3 <= value <= 1e3:  # beyond, single precision gives infinities
+                yield f"{name}: expected a number from 0.001 to 1000, found {value!r}"
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             yield f"top_p: expected a number above 0 and at most 1, found {self.top_p!r}"
-        if not _is_number(self.length_penalty):
-            yield f"length_penalty: expected a number, found {self.length_penalty!r}"
+        if not _is_number(self.length_penalty) or abs(self.length_penalty) > 10:
+            yield f"length_penalty: expected a number from -10 to 10, found {self.length_penalty!r}"
         if self.early_stopping not in (True, False, "never"):
             yield f"early_stopping: expected true, false or 'never', found {self.early_stopping!r}"
         if not isinstance(self.stop_strings, tuple) or not all(isinstance(t, str) and t for t in self.stop_strings):

@@ -30,6 +30,7 @@ from export.precision.half import write_half
 from runtime.answers import Request
 from runtime.backends import Device
 from runtime.bundle import Bundle, read_bundle
+from runtime.decoding import Decoding
 from runtime.errors import BackendUnavailable, CheckFailed, InputError
 from runtime.pipeline import Pipeline
 from runtime.preprocess import preprocess_batch
@@ -161,6 +162,22 @@ def test_the_bundle_answers_token_for_token(name: str, family, asked: list[Reque
     assert min(lengths) < made.model.config.max_new_tokens, "some answers end by an end token"
     assert len(set(expected)) >= 12, "a model that always says the same would prove nothing"
     assert max(len(set(ids)) for ids in expected) >= 4, "not one token repeated"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_beams_of_the_bundle_are_those_of_transformers(
+    name: str, family, asked: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache that ONNX Runtime gave is gathered; the settings are in tests/runtime/decoding."""
+    made, some = family(name), asked[:24]
+    settings = {"num_beams": 3, "early_stopping": True, "length_penalty": 0.5, "no_repeat_ngram_size": 2}
+    language_model, greedy = made.model.language_model, answered(made.bundle, some)
+    generate = language_model.generate
+    monkeypatch.setattr(language_model, "generate", lambda **asked_for: generate(**asked_for | settings))
+    expected = [answer.token_ids for answer in EagerPipeline(made.model).answer(some)]
+    with Pipeline(made.bundle, device=Device(threads=1), cache_bytes=0) as opened:
+        answers = opened.answer(some, decoding=Decoding(**settings))
+    assert [answer.token_ids for answer in answers] == expected != greedy
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -9,6 +9,8 @@ from PIL import Image
 
 import runtime
 from qforge.cli import app
+from qforge.options import DECODING
+from runtime.decoding import Decoding
 from tests.runtime.conftest import write_tiny_bundle
 
 
@@ -133,3 +135,67 @@ def test_evaluate_scores_a_bundle(
     found = json.loads(out.splitlines()[-1])
     assert code == 0
     assert (found["metrics"], found["n"]) == ({"accuracy": 0.5}, 2)
+
+
+def test_streamed_text_is_the_text(bundle: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """For people the same lines; with --json a line per piece, and the same last line."""
+    _, plain, _ = call(capsys, "caption", bundle, *pictures)
+    assert call(capsys, "caption", bundle, *pictures, "--stream")[:2] == (0, plain)
+    _, plain, _ = call(capsys, "vqa", bundle, pictures[0], "what colour?")
+    assert call(capsys, "vqa", bundle, pictures[0], "what colour?", "--stream")[:2] == (0, plain)
+    _, out, _ = call(capsys, "vqa", bundle, pictures[0], "what colour?", "opposite?", "--stream", "--json")
+    *pieces, last = [json.loads(line) for line in out.splitlines()]
+    assert set(last) == {"results"}
+    for result in last["results"]:
+        own = [piece for piece in pieces if piece["question"] == result["question"]]
+        assert [set(piece) for piece in own] == [{"image", "question", "piece", "token_ids"}] * 3, "two words, an end"
+        assert "".join(piece["piece"] for piece in own) == result["text"]
+        assert [token for piece in own for token in piece["token_ids"]] == result["token_ids"]
+
+
+def test_decoding_options_reach_the_pipeline(
+    bundle: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {
+        "--num-beams=3 --num-return-sequences=2 --length-penalty=2 --early-stopping=never": {
+            "num_beams": 3,
+            "num_return_sequences": 2,
+            "length_penalty": 2.0,
+            "early_stopping": "never",
+        },
+        "--num-beams=2 --early-stopping=true": {"num_beams": 2, "early_stopping": True},
+        "--num-beams=2 --early-stopping=false": {"num_beams": 2, "early_stopping": False},
+        "--do-sample --temperature=30 --top-k=0 --top-p=0.9 --seed=7": {
+            "do_sample": True,
+            "temperature": 30.0,
+            "top_k": 0,
+            "top_p": 0.9,
+            "seed": 7,
+        },
+        "--repetition-penalty=5 --no-repeat-ngram-size=1 --min-new-tokens=4": {
+            "repetition_penalty": 5.0,
+            "no_repeat_ngram_size": 1,
+            "min_new_tokens": 4,
+        },
+        "--stop-strings=a --stop-strings=zzz": {"stop_strings": ("a", "zzz")},
+    }
+    assert {name for fields in options.values() for name in fields} == set(DECODING)
+    with runtime.load(bundle) as pipeline:
+        for flags, fields in options.items():
+            expected = pipeline.caption(pictures, decoding=Decoding(**fields))
+            _, out, _ = call(capsys, "caption", bundle, *pictures, "--json", *flags.split())
+            assert [one["token_ids"] for one in results(out)] == [list(answer.token_ids) for answer in expected]
+            _, out, _ = call(capsys, "caption", bundle, pictures[0], *flags.split())
+            assert out.splitlines() == list(expected[0].texts)
+
+
+def test_decoding_that_cannot_be_is_one_sentence(
+    bundle: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags, sentence in {
+        "--top-p 0.5": "top_p: has no effect without do_sample; add do_sample, or leave top_p out",
+        "--num-beams 2 --stream": "num_beams: expected 1 in a stream, found 2: beams may change until the end",
+    }.items():
+        code, out, err = call(capsys, "caption", bundle, pictures[0], *flags.split())
+        assert (code, out) == (2, "")
+        assert sentence in err and len(err.splitlines()) == 1
