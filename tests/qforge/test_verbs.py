@@ -145,7 +145,7 @@ def test_streamed_text_is_the_text(bundle: Path, pictures: list[Path], capsys: p
     assert call(capsys, "vqa", bundle, pictures[0], "what colour?", "--stream")[:2] == (0, plain)
     _, out, _ = call(capsys, "vqa", bundle, pictures[0], "what colour?", "opposite?", "--stream", "--json")
     *pieces, last = [json.loads(line) for line in out.splitlines()]
-    assert set(last) == {"results"}
+    assert set(last) == {"results", "cache"}
     for result in last["results"]:
         own = [piece for piece in pieces if piece["question"] == result["question"]]
         assert [set(piece) for piece in own] == [{"image", "question", "piece", "token_ids"}] * 3, "two words, an end"
