@@ -41,7 +41,8 @@ from trainer.checkpoint import load_checkpoint, write_checkpoint
 from trainer.config import DEMO, ModelConfig, QFormerConfig
 from trainer.towers import load_tokenizer, new_vision_tower
 
-FORMS: tuple[tuple[Precision, LanguagePrecision, Target], ...] = (
+Form = tuple[Precision, LanguagePrecision, Target]
+FORMS: tuple[Form, ...] = (
     ("fp16", "fp16", "onnxruntime"),
     ("bf16", "bf16", "onnxruntime"),
     ("int8", "int8", "onnxruntime"),
@@ -91,8 +92,10 @@ def _checkpoint(work: Path, name: str, language: PreTrainedModel, vision: str) -
     return folder
 
 
-def measure(checkpoint: Path, names: Sequence[str], data: Path, work: Path, images: int) -> list[dict[str, Any]]:
-    """Export the checkpoint in every form, verified as any export is; a row per form and graph of `names`.
+def measure(
+    checkpoint: Path, names: Sequence[str], data: Path, work: Path, images: int, forms: Sequence[Form]
+) -> list[dict[str, Any]]:
+    """Export the checkpoint in these forms, verified as any export is; a row per form and graph of `names`.
 
     Only answers go unjudged: those of random weights are ties that any rounding breaks.
     """
@@ -109,7 +112,7 @@ def measure(checkpoint: Path, names: Sequence[str], data: Path, work: Path, imag
         **language_feeds(exact, model, graphs, judged, place / "language"),
     }
     rows = list[dict[str, Any]]()
-    for precision, language, target in FORMS:
+    for precision, language, target in forms:
         folder = work / f"{checkpoint.name}-{precision}-{language}-{target}"
         form = config.model_copy(update={"target": target, "language_precision": language})
         start = time.perf_counter()
@@ -153,8 +156,8 @@ def _export(
 
 def compare(exact: Path, other: Path, feeds: Sequence[Arrays], fp8: bool) -> dict[str, Any]:
     """Size, worst cosine over outputs and runs (on an emulation where the graph has 16-bit types), and speed."""
-    size = other.stat().st_size / exact.stat().st_size
-    found: dict[str, Any] = {"size_of_fp32": round(size, 4)}
+    sizes = {"bytes": other.stat().st_size, "fp32_bytes": exact.stat().st_size}
+    found: dict[str, Any] = {**sizes, "size_of_fp32": round(sizes["bytes"] / sizes["fp32_bytes"], 4)}
     largest = [max(feeds, key=lambda feed: sum(array.size for array in feed.values()))]
     with OrtEngine(exact) as plain:
         try:
@@ -193,16 +196,18 @@ def _cosine(expected: Arrays, found: Arrays) -> float:
     return min(float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))) for a, b in pairs)
 
 
-def run(work: Path, data: Path, images: int, checkpoint: Path | None) -> dict[str, Any]:
+def run(
+    work: Path, data: Path, images: int, checkpoint: Path | None = None, forms: Sequence[Form] = FORMS
+) -> dict[str, Any]:
     """Export, verify, measure; `work` is removed. `checkpoint`: a decoder-only model instead of the random ones."""
     work.mkdir(parents=True)
     try:
         if checkpoint is not None:
-            rows = measure(checkpoint, ("vision", "qformer", "language"), data, work, images)
+            rows = measure(checkpoint, ("vision", "qformer", "language"), data, work, images, forms)
         else:
             checkpoints = write_models(work)
-            rows = measure(checkpoints["opt"], ("vision", "qformer", "language"), data, work, images)
-            rows += measure(checkpoints["t5"], ("encoder", "decoder"), data, work, images)
+            rows = measure(checkpoints["opt"], ("vision", "qformer", "language"), data, work, images, forms)
+            rows += measure(checkpoints["t5"], ("encoder", "decoder"), data, work, images, forms)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return {
@@ -223,8 +228,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="result file (JSON)")
     parser.add_argument("--images", type=int, default=32, help="images that ranges are measured on")
     parser.add_argument("--checkpoint", type=Path, help="a trained, decoder-only model instead of the random ones")
+    names = list(dict.fromkeys(form[0] for form in FORMS))
+    parser.add_argument("--precision", choices=names, nargs="+", default=names, help="forms whose vision graph has it")
     given = parser.parse_args()
-    write_text_atomic(given.out, json_text(run(given.work, given.data, given.images, given.checkpoint)))
+    forms = [form for form in FORMS if form[0] in given.precision]
+    write_text_atomic(given.out, json_text(run(given.work, given.data, given.images, given.checkpoint, forms)))
 
 
 if __name__ == "__main__":

@@ -193,8 +193,10 @@ def test_single_requests_equal_the_batch(name: str, family, asked: list[Request]
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_of_every_step_equal_one_uncached_pass(name: str, family, asked: list[Request]) -> None:
     """Teacher forcing by transformers' forward, against what the bundle's graphs gave step by step."""
-    made, request = family(name), asked[1]
+    made = family(name)
     model, seen = made.model, []
+    eager = EagerPipeline(model)  # random weights may end a text before it begins
+    request = next(request for request in asked[1:] if eager.answer([request])[0].token_ids)
     with Pipeline(made.bundle, device=Device(threads=1), cache_bytes=0) as opened:
         speaker = opened._decoder._decoder if name in ENCODER_DECODERS else opened._decoder._language
         run = speaker.run
