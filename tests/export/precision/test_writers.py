@@ -18,6 +18,7 @@ from export.precision.kept import ASKED
 from export.precision.plan import write_precision, writers_for
 from export.precision.ranges import largest_values
 from export.precision.rules import LIMIT
+from export.precision.weights import BLOCKS, _narrowed
 from runtime.bundle import Bundle
 from runtime.errors import DataError
 from runtime.precision import LanguagePrecision, Precision, Target
@@ -130,3 +131,20 @@ def test_fp16_keeps_a_margin(tmp_path: Path) -> None:
         )
     assert kept[0.9] == []
     assert json.dumps([node.why for node in kept[1.1]]) == '["reaches 4,503 in calibration; FP16 ends at 65,504"]'
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_int4_loses_less_than_with_the_largest_weight_as_its_range(block: int) -> None:
+    matrix_KN = np.random.default_rng(0).normal(size=(128, 48)).astype(np.float32)
+    whole, scale = _narrowed(matrix_KN, 4, block)
+    blocks = matrix_KN.reshape(-1, block, 48)
+    plain = np.abs(blocks).max(axis=1, keepdims=True) / 7
+    errors = [
+        float(np.square(narrow * scales - blocks).mean())
+        for narrow, scales in (
+            (whole.astype(np.float32).reshape(blocks.shape), scale[:, None]),
+            (np.rint(blocks / plain), plain),
+        )
+    ]
+    assert errors[0] < 0.98 * errors[1]
+    assert np.abs(whole.astype(np.int8)).max() <= 7
