@@ -35,6 +35,8 @@ from trainer.towers import load_tokenizer
 GB = 10**9
 POOL_BYTES = 32 << 20
 """Random numbers that every tensor is filled from; what they are does not matter, only how many."""
+OFFSET_BYTES = 22_222
+"""From where one tensor begins in the pool to where the next does: an engine builder keeps equal tensors once."""
 SAMPLE_S = 0.002
 """Pause between two looks at a process's memory."""
 
@@ -113,17 +115,21 @@ def write_folder(folder: Path, shape: Shape) -> int:
     images = BlipImageProcessorPil(size={"height": 224, "width": 224})
     Blip2Processor(images, load_tokenizer(DEMO, "language"), 32).save_pretrained(folder)
     pool = np.random.default_rng(0).normal(0, 0.02, POOL_BYTES // 2).astype(np.float16).data.cast("B")
-    pieces = {key: _random_piece(tuple(tensor.shape), pool, folder) for key, tensor in expected.items()}
+    pieces = {
+        key: _random_piece(tuple(tensor.shape), pool, number * OFFSET_BYTES % POOL_BYTES, folder)
+        for number, (key, tensor) in enumerate(expected.items())
+    }
     write_weights(folder, pieces, shape.part_bytes)
     return sum(piece.nbytes for piece in pieces.values())
 
 
-def _random_piece(shape: tuple[int, ...], pool: memoryview, folder: Path) -> Piece:
+def _random_piece(shape: tuple[int, ...], pool: memoryview, start: int, folder: Path) -> Piece:
     def chunks() -> Chunks:
-        left = piece.nbytes
+        left, place = piece.nbytes, start
         while left:
-            yield pool[: min(left, POOL_BYTES)]
-            left -= min(left, POOL_BYTES)
+            chunk = pool[place : place + min(left, POOL_BYTES - place)]
+            yield chunk
+            left, place = left - len(chunk), 0
 
     piece = Piece("F16", shape, folder, chunks)
     return piece
