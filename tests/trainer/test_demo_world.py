@@ -17,6 +17,7 @@ from runtime.scoring import question_prior
 from trainer.config import DemoWorldConfig
 from trainer.demo_world import scorers_for, write_demo_world
 from trainer.demo_world.draw import CLUTTER, draw
+from trainer.demo_world.halves import train_tokenizers
 from trainer.demo_world.language import (
     KIND_WEIGHTS,
     OPPOSITE,
@@ -45,6 +46,17 @@ def test_same_seed_same_bytes(world: Path, tmp_path: Path) -> None:
     assert all(sha256_of(world / path) == sha256_of(again / path) for path in files)
     other = write_demo_world(WORLD.model_copy(update={"seed": 1}), tmp_path / "other", Progress(quiet=True))
     assert sha256_of(other / "captions_train.jsonl") != sha256_of(world / "captions_train.jsonl")
+
+
+def test_same_texts_same_tokenizers(scenes: dict[str, list[Scene]]) -> None:
+    """Each call draws other hash seeds inside the tokenizers library, as each process does."""
+    texts = [caption(scene) for scene in scenes["train"][:60]]
+    made = [[tokenizer.get_vocab() for tokenizer in train_tokenizers(texts)] for _ in range(3)]
+    assert made[0] == made[1] == made[2]
+    _, pieces = train_tokenizers(texts)
+    assert pieces.decode(pieces("Q: is THE xylophone red?", add_special_tokens=False).input_ids) == (
+        "q : is the xylophone red?"
+    )
 
 
 def test_written_manifests_are_valid(world: Path) -> None:

@@ -231,15 +231,10 @@ def train_tokenizers(texts: list[str]) -> tuple[PreTrainedTokenizerFast, PreTrai
     language = PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="</s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
     )
-    piece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    piece.normalizer = normalizers.BertNormalizer(lowercase=True)
-    piece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
-    letters = [chr(code) for code in range(33, 127)]
-    piece.train_from_iterator(
-        [*texts, " ".join(letters)],
-        trainers.WordPieceTrainer(vocab_size=512, special_tokens=marks, initial_alphabet=letters),
-    )
+    piece = Tokenizer(models.WordPiece(_word_pieces(texts, marks), unk_token="[UNK]"))
+    piece.normalizer, piece.pre_tokenizer = _as_bert()
+    piece.add_special_tokens(marks)
     piece.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         special_tokens=[("[CLS]", piece.token_to_id("[CLS]")), ("[SEP]", piece.token_to_id("[SEP]"))],
@@ -255,6 +250,25 @@ def train_tokenizers(texts: list[str]) -> tuple[PreTrainedTokenizerFast, PreTrai
         bos_token="[DEC]",
     )
     return language, text
+
+
+def _as_bert() -> tuple[normalizers.Normalizer, pre_tokenizers.PreTokenizer]:
+    return normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+
+
+def _word_pieces(texts: list[str], marks: list[str]) -> dict[str, int]:
+    """Piece → id; the same for the same texts in every process.
+
+    tokenizers numbers the inner letters (`##a`) as it meets them in a hash map, and settles ties between pieces by those
+    numbers: the pieces were others in every process. Reserved in front they have fixed numbers, and every ASCII word can
+    be spelled.
+    """
+    letters = [chr(code) for code in range(33, 127)]
+    trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    trained.normalizer, trained.pre_tokenizer = _as_bert()
+    reserved = [*marks, *letters, *(f"##{letter}" for letter in letters)]
+    trained.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=512, special_tokens=reserved))
+    return trained.get_vocab()
 
 
 def pretrain_language(config: DemoHalvesConfig, out: Path, text_out: Path, progress: Progress) -> dict[str, float]:
