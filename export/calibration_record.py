@@ -18,7 +18,7 @@ from runtime.answers import Request
 from runtime.errors import DataError, InputError, MissingFile
 from runtime.files import sha256_of, write_text_atomic
 from runtime.precision import RangeMethod
-from runtime.settings import Settings
+from runtime.settings import Settings, first_problem
 
 MeasuredOn = Literal["traced graphs", "written graphs"]
 RECORD = "calibration.json"
@@ -125,9 +125,7 @@ def read_calibration(file: Path) -> Calibration:
     try:
         found = Calibration.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{file}: {field}: {first['msg']}; calibrate again: qforge calibrate") from error
+        raise DataError(f"{file}: {first_problem(error)}; calibrate again: qforge calibrate") from error
     if found.data_sha256 != _hash(found.images) or found.count != len(found.images):
         raise DataError(f"{file}: the list of images was changed by hand; calibrate again: qforge calibrate")
     return found

@@ -32,6 +32,7 @@ from runtime.manifest import (
 )
 from runtime.precision import LanguagePrecision, Precision, Target
 from runtime.preprocess import PreprocessSettings
+from runtime.settings import first_problem
 
 MANIFEST = "manifest.json"
 ENGINES = "engines"
@@ -75,9 +76,7 @@ def read_bundle(path: Path | str, check_hashes: bool = True) -> Bundle:
     try:
         manifest = Manifest.model_validate(record)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{path / MANIFEST}: {field}: {first['msg']}; export the bundle again") from error
+        raise BundleError(f"{path / MANIFEST}: {first_problem(error)}; export the bundle again") from error
     listed = {MANIFEST, *_listed_hashes(manifest)}
     for relative, expected in _listed_hashes(manifest).items():
         file = _inside(path, relative)

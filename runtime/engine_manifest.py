@@ -18,7 +18,7 @@ from runtime.bundle import ENGINES, Bundle
 from runtime.errors import BundleError
 from runtime.files import sha256_of
 from runtime.manifest import FileEntry, TensorSpec
-from runtime.settings import Settings
+from runtime.settings import Settings, first_problem
 
 ENGINE_MANIFEST = "engine.json"
 ENGINE_FORMAT = 1
@@ -161,9 +161,7 @@ def read_engine(bundle: Bundle, folder: Path, check_hashes: bool = True) -> Buil
     try:
         manifest = EngineManifest.model_validate(record)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{file}: {field}: {first['msg']}; {again}") from error
+        raise BundleError(f"{file}: {first_problem(error)}; {again}") from error
     if manifest.bundle_digest != bundle.manifest.digest:
         raise BundleError(
             f"{folder}: expected plans of this bundle ({bundle.manifest.digest[:12]}), found those of another "

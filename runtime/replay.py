@@ -5,6 +5,7 @@ Replays the inputs recorded in a bundle and compares, without torch:
     qforge verify runs/demo/bundle-fp32
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,11 @@ import numpy.typing as npt
 
 from runtime.backends import CPU, Device
 from runtime.bundle import Bundle
-from runtime.pipeline import Pipeline
+from runtime.image_encoder import Floats, open_encoder
+from runtime.query_cache import QueryCache
 from runtime.reference import REFERENCE, ChainCase, GraphCase, RetrievalCase, read_reference
 from runtime.retrieval import Retrieval
+from runtime.speaker import open_decoder
 from runtime.stopwatch import Stopwatch
 
 
@@ -71,14 +74,18 @@ def _replay_graph(bundle: Bundle, device: Device, case: GraphCase) -> list[Check
 
 
 def _replay_chain(bundle: Bundle, device: Device, chain: ChainCase) -> Check:
-    found: list[tuple[int, ...]] = []
-    step = bundle.manifest.limits.max_batch
-    with Pipeline(bundle, device=device, cache_bytes=0) as pipeline:
-        for start in range(0, len(chain.prompts), step):
-            rows = slice(start, start + step)
-            found += pipeline.generate(
-                chain.pixels_BCHW[rows], chain.questions[rows], chain.prompts[rows], chain.max_new_tokens, Stopwatch()
-            )
+    """The graphs of the image side first, then those of the language model: both at once may exceed the memory."""
+    manifest, prefixes, found = bundle.manifest, list[Floats](), list[tuple[int, ...]]()
+    step = manifest.limits.max_batch
+    batches = [slice(start, start + step) for start in range(0, len(chain.prompts), step)]
+    with ExitStack() as opened:
+        encoder = open_encoder(manifest, lambda name: opened.enter_context(device.open(bundle, name)), QueryCache(0))
+        for rows in batches:
+            prefixes.append(encoder.encode(chain.pixels_BCHW[rows], chain.questions[rows], Stopwatch()))
+    with ExitStack() as opened:
+        decoder = open_decoder(manifest, lambda name: opened.enter_context(device.open(bundle, name)))
+        for rows, prefix_BQD in zip(batches, prefixes, strict=True):
+            found += decoder.generate(prefix_BQD, chain.prompts[rows], chain.max_new_tokens, Stopwatch())
     wrong = sum(ids != expected for ids, expected in zip(found, chain.token_ids, strict=True))
     return Check("chain", "token_ids", wrong / len(found), chain.tolerance)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from runtime.errors import CheckpointError, MissingFile
 from runtime.files import sha256_of
-from runtime.settings import Settings
+from runtime.settings import Settings, first_problem
 from trainer.blip2 import Blip2, new_blip2
 from trainer.bridge import PARTS, Part, part_of
 from trainer.config import ModelConfig
@@ -124,8 +124,7 @@ def read_config(folder: Path) -> CheckpointConfig:
     try:
         config = CheckpointConfig.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise CheckpointError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise CheckpointError(f"{path}: {first_problem(error)}") from error
     return config.model_copy(update={"model": resolved(config.model, folder)})
 
 

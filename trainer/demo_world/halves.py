@@ -259,9 +259,9 @@ def _as_bert() -> tuple[normalizers.Normalizer, pre_tokenizers.PreTokenizer]:
 def _word_pieces(texts: list[str], marks: list[str]) -> dict[str, int]:
     """Piece → id; the same for the same texts in every process.
 
-    tokenizers numbers the inner letters (`##a`) as it meets them in a hash map, and settles ties between pieces by those
-    numbers: the pieces were others in every process. Reserved in front they have fixed numbers, and every ASCII word can
-    be spelled.
+    tokenizers numbers the inner letters (`##a`) as it meets them in a hash map, and settles ties between pieces by
+    those numbers: the pieces were others in every process. Reserved in front they have fixed numbers, and every ASCII
+    word can be spelled.
     """
     letters = [chr(code) for code in range(33, 127)]
     trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
