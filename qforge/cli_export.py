@@ -1,4 +1,4 @@
-"""The verbs that make something of a checkpoint or a bundle: export, calibrate, build, export-triton.
+"""The verbs that make something of a checkpoint or a bundle: export, calibrate, build, prepare, export-triton.
 
 As in qforge/cli.py, nothing heavy is imported here.
 """
@@ -180,6 +180,18 @@ def build(
         "workspace_mib": workspace_mib,
     }
     return verbs_build.build(bundle, engine, capabilities or [], graphs or [], batches or [], timing_cache, options)
+
+
+@verb(app, "prepare", "qforge prepare runs/demo/bundle-int8")
+def prepare(bundle: BundleFolder) -> Outcome:
+    """Prepare a bundle's graphs for this machine's processor.
+
+    A bundle then opens several times faster, takes less memory, and processes share its weights; answers stay the
+    same. Takes disk: about twice the graphs. Kept in the bundle's prepared/, used only where it fits.
+    """
+    from qforge import verbs_build
+
+    return verbs_build.prepare(bundle)
 
 
 @verb(app, "export-triton", "qforge export-triton runs/demo/bundle-fp32 --out models --max-batch 8")

@@ -1,4 +1,4 @@
-"""The verb that makes plans for GPUs, and what `inspect` says of those that a bundle has."""
+"""The verbs that make plans for GPUs and graphs for this processor, and what `inspect` says of those in a bundle."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,9 +8,10 @@ from pydantic import ValidationError
 
 from qforge.console import Outcome
 from qforge.gone import GONE
-from runtime.bundle import Bundle, read_bundle
+from runtime.bundle import PREPARED, Bundle, read_bundle
 from runtime.engine_manifest import BuiltEngine, EngineName, EngineOptions, engine_folders, read_engine
 from runtime.errors import BundleError, InputError, require
+from runtime.prepared import Prepared, fits_here, read_prepared
 from runtime.progress import Progress
 
 
@@ -49,6 +50,38 @@ def build(
     )
     data = {"engine": str(built.path), "manifest": built.manifest.model_dump(mode="json")}
     return Outcome(data, "\n".join([f"Engine: {built.path}", *_plan_lines(built)]))
+
+
+def prepare(path: Path) -> Outcome:
+    """Graphs for this processor under the bundle's `prepared/`."""
+    from runtime.prepare import prepare
+
+    bundle = read_bundle(path)
+    prepared = prepare(bundle, Progress())
+    lines = [
+        f"Prepared: {bundle.path / PREPARED} (onnxruntime {prepared.onnxruntime}, this processor)",
+        _prepared_line(prepared),
+    ]
+    return Outcome({"prepared": prepared.model_dump(mode="json")}, "\n".join(lines))
+
+
+def prepared_of(bundle: Bundle) -> tuple[dict[str, Any] | None, list[str]]:
+    """What a bundle has under `prepared/`, as data and as lines; None and nothing without it."""
+    prepared = read_prepared(bundle)
+    if prepared is None:
+        return None, []
+    used = fits_here(prepared, bundle)
+    where = "used here" if used else "not used here: of another processor, onnxruntime or bundle; qforge prepare"
+    return prepared.model_dump(mode="json") | {"used": used}, [f"prepared: {_prepared_line(prepared)}; {where}"]
+
+
+def _prepared_line(prepared: Prepared) -> str:
+    nbytes = sum(entry.bytes for graph in prepared.graphs.values() for entry in (graph.graph, graph.data) if entry)
+    left_out = "".join(f"; {name} left out: {why}" for name, why in prepared.left_out.items())
+    return (
+        f"{len(prepared.graphs)} graphs, {nbytes / 2**20:.1f} MiB on disk; opening them took "
+        f"{prepared.opened_ms:.0f} ms instead of {prepared.unprepared_ms:.0f} ms{left_out}"
+    )
 
 
 def engines_of(bundle: Bundle) -> tuple[list[dict[str, Any]], list[str]]:

@@ -12,7 +12,7 @@ from qforge.actions import manifests_of, measure
 from qforge.console import Outcome, must_be_ours
 from qforge.evaluation import evaluate_rows, kind_of, open_answerer
 from qforge.recipe import Recipe, load_recipe
-from qforge.verbs_build import engines_of
+from qforge.verbs_build import engines_of, prepared_of
 from qforge.verbs_cache import warned
 from runtime.backends import Device
 from runtime.bundle import read_bundle
@@ -199,6 +199,7 @@ def _overriding(overrides: Sequence[str], options: Mapping[str, object]) -> list
 def _inspect_bundle(path: Path) -> Outcome:
     bundle = read_bundle(path)
     manifest, (engines, engine_lines) = bundle.manifest, engines_of(bundle)
+    prepared, prepared_lines = prepared_of(bundle)
     model, limits = manifest.model, manifest.limits
     lines = [
         f"bundle, format {manifest.format}, {manifest.precision}",
@@ -219,9 +220,9 @@ def _inspect_bundle(path: Path) -> Outcome:
     for name, graph in manifest.graphs.items():
         size = graph.bytes + (graph.data.bytes if graph.data else 0)
         lines.append(f"graph {name}: {', '.join(graph.inputs)} -> {', '.join(graph.outputs)} ({_mib(size)})")
-    lines += engine_lines
+    lines += prepared_lines + engine_lines
     lines.append("made by " + ", ".join(f"{name} {version}" for name, version in manifest.made_by.items()))
-    data = {"kind": "bundle", "manifest": manifest.model_dump(mode="json"), "engines": engines}
+    data = {"kind": "bundle", "manifest": manifest.model_dump(mode="json"), "prepared": prepared, "engines": engines}
     return Outcome(data, "\n".join(lines))
 
 

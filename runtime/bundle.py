@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from runtime.errors import BundleError
-from runtime.files import sha256_of, write_text_atomic
+from runtime.files import sha256_of, sha256s_of, write_text_atomic
 from runtime.manifest import (
     FORMAT,
     READABLE,
@@ -37,6 +37,8 @@ from runtime.settings import first_problem
 MANIFEST = "manifest.json"
 ENGINES = "engines"
 """Folder of plans built on a device after export; a manifest does not list them."""
+PREPARED = "prepared"
+"""Folder of graphs rewritten and packed for a device's processor after export; not listed either."""
 LATENCY = "latency.json"
 """What the exporting machine measured."""
 UNLISTED = ("README.md", LATENCY)
@@ -78,16 +80,22 @@ def read_bundle(path: Path | str, check_hashes: bool = True) -> Bundle:
     except ValidationError as error:
         raise BundleError(f"{path / MANIFEST}: {first_problem(error)}; export the bundle again") from error
     listed = {MANIFEST, *_listed_hashes(manifest)}
-    for relative, expected in _listed_hashes(manifest).items():
-        file = _inside(path, relative)
-        if check_hashes and (found := sha256_of(file)) != expected:
-            raise BundleError(
-                f"{file}: the file was changed: expected SHA-256 {expected}, found {found}; copy or export it again"
-            )
+    expected = {_inside(path, relative): sha256 for relative, sha256 in _listed_hashes(manifest).items()}
+    if check_hashes:
+        require_hashes(expected, "copy or export it again")
     for relative in _files_under(path):
-        if relative not in {*listed, *UNLISTED} and not relative.startswith(f"{ENGINES}/"):
+        if relative not in {*listed, *UNLISTED} and not relative.startswith((f"{ENGINES}/", f"{PREPARED}/")):
             raise BundleError(f"{path / relative}: expected only files that {MANIFEST} lists, found this; remove it")
     return Bundle(path, manifest)
+
+
+def require_hashes(expected: Mapping[Path, str], repair: str) -> None:
+    """Each file has its SHA-256; BundleError names the first that has not, and what repairs it."""
+    for file, found in zip(expected, sha256s_of(list(expected)), strict=True):
+        if found != expected[file]:
+            raise BundleError(
+                f"{file}: the file was changed: expected SHA-256 {expected[file]}, found {found}; {repair}"
+            )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -38,6 +39,12 @@ def sha256_of(path: Path | str) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:
         raise MissingFile(f"{path}: expected a file to hash, found none") from error
+
+
+def sha256s_of(paths: Sequence[Path]) -> list[str]:
+    """`sha256_of` of each, several at once: hashing is most of what it takes to open a bundle."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(sha256_of, paths))
 
 
 @contextmanager

@@ -143,6 +143,11 @@ class Manifest(Settings):
     made_by: dict[str, str]
     """Name → version of what made the bundle."""
 
+    @property
+    def fuses_int8(self) -> bool:
+        """Whether ONNX Runtime may fuse Q/DQ pairs with what they surround: it takes those of FP8 for INT8."""
+        return self.precision != "fp8"
+
     def side(self, image_size: int | None) -> int | None:
         """The side (pixels) that a request's image is read at; None for the trained one.
 

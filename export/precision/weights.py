@@ -21,8 +21,11 @@ from export.precision.kept import ASKED, Kept
 from export.quiet import quiet
 from runtime.errors import require
 
-BLOCK = 32
-"""Weights that share one scale in MatMulNBits."""
+NBITS_BLOCKS = {8: (128, 64), 4: ()}
+"""Bits → weights (and inputs) that share one scale in MatMulNBits, the first that divides the rows of every matrix:
+larger is faster and rounds more (LOG.md)."""
+SMALL_BLOCK = 32
+"""Where none of them does."""
 INT8_ARITHMETIC = 4
 """onnxruntime's name for computing MatMulNBits in int8 (`accuracy_level`)."""
 BLOCKS = (64, 32, 16)
@@ -35,7 +38,7 @@ OPSET = 21
 
 
 def write_nbits(file: Path, keep: Collection[str], *, bits: int) -> list[Kept]:
-    """Rewrite a graph in place for onnxruntime: every matrix that is multiplied with, in blocks of 32.
+    """Rewrite a graph in place for onnxruntime: every matrix that is multiplied with, in blocks.
 
     Raises:
         CheckFailed: the result is not valid ONNX.
@@ -49,7 +52,7 @@ def write_nbits(file: Path, keep: Collection[str], *, bits: int) -> list[Kept]:
         work = quantizer.MatMulNBitsQuantizer(
             model,
             bits=bits,
-            block_size=BLOCK,
+            block_size=_nbits_block(model, bits),
             is_symmetric=True,
             accuracy_level=INT8_ARITHMETIC,
             nodes_to_exclude=list(keep),
@@ -57,6 +60,13 @@ def write_nbits(file: Path, keep: Collection[str], *, bits: int) -> list[Kept]:
         work.process()
     save(work.model.model, file)
     return _whole(work.model.model, keep)
+
+
+def _nbits_block(model: onnx.ModelProto, bits: int) -> int:
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    products = [node.input[1] for node in model.graph.node if node.op_type == "MatMul"]
+    rows = [shapes[name][0] for name in products if len(shapes.get(name, ())) == 2]
+    return next((block for block in NBITS_BLOCKS[bits] if not any(count % block for count in rows)), SMALL_BLOCK)
 
 
 def write_dequantized(file: Path, keep: Collection[str], *, bits: int) -> list[Kept]:

@@ -24,6 +24,10 @@ BACKEND_PACKAGES = {"ort": "onnxruntime"}
 """Backend → the package it needs."""
 
 
+STEPPED = frozenset({"language", "decoder"})
+"""Graphs that run once a token."""
+
+
 class Engine(Protocol):
     """One compiled graph: named arrays in, named arrays out."""
 
@@ -91,8 +95,19 @@ class Device:
                 f"CPU; build an engine for a GPU (qforge build {bundle.path}), or export with --precision fp16 or fp32"
             )
         from runtime.backends.ort import OrtEngine  # its door: onnxruntime loads only when it is used
+        from runtime.prepared import prepared_graph
 
-        return OrtEngine(model, self.provider, self.threads, fuse_int8=manifest.precision != "fp8", mapped=self.mapped)
+        on_cpu = self.provider == "cpu" and not self.mapped
+        prepared = prepared_graph(bundle, graph_name) if on_cpu else None
+        return OrtEngine(
+            prepared or model,
+            self.provider,
+            self.threads,
+            fuse_int8=manifest.fuses_int8,
+            mapped=self.mapped,
+            spins=graph_name in STEPPED,
+            prepared=prepared is not None,
+        )
 
 
 CPU = Device()

@@ -1,17 +1,28 @@
-"""How many CPU cores this process may really use: affinity and container quota count, hyper-threads do not."""
+"""Which processor this is, and how many of its cores this process may use: affinity and container quota count,
+hyper-threads do not."""
 
+import hashlib
 import math
 import os
+import platform
 from pathlib import Path
 
 TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def physical_cores() -> int:
     """Physical cores this process may run on, at least 1."""
     cores = {_siblings(cpu) for cpu in os.sched_getaffinity(0)}
     return max(1, min(len(cores), _quota(QUOTA)))
+
+
+def cpu_fingerprint() -> str:
+    """Hex digits that are the same on processors with the same instructions, which decide how weights are packed."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else [f"flags: {platform.processor()}"]
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return hashlib.sha256(" ".join([platform.machine(), *sorted(flags)]).encode()).hexdigest()[:16]
 
 
 def _siblings(cpu: int) -> str:
