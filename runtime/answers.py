@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from runtime.errors import InputError
 from runtime.preprocess import ImageSource
-from runtime.text import fill_prompt
+from runtime.text import fill_prompt, require_text, with_history
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Request:
     """Replaces the model's own prompt; with a question it holds one `{}` where the question goes."""
     image_size: int | None = None
     """Side (pixels) that the image is read at, one that the bundle was exported for; None: the trained one."""
+    turns: tuple[tuple[str, str], ...] = ()
+    """Questions about this image that went before, each with its answer, the oldest first; see `runtime.chat`."""
 
     @property
     def image_name(self) -> str | None:
@@ -32,11 +35,34 @@ class Request:
         return str(self.image) if isinstance(self.image, str | Path) else None
 
     def filled_prompt(self, *, caption: str, vqa: str) -> str:
-        """What the language model reads: this request's own prompt, or else the model's for a caption or a question.
+        """What the language model reads: the earlier turns, and this request's own prompt behind them.
 
         Raises:
-            InputError: the template does not fit (see `runtime.text.fill_prompt`).
+            InputError: as `own_prompt`; earlier turns without a question.
         """
+        own = self.own_prompt(caption=caption, vqa=vqa)
+        if not self.turns:
+            return own
+        if self.question is None:
+            raise InputError("turns: expected a question behind the earlier ones, found none; a caption has no history")
+        return with_history(self.turns, vqa if self.prompt is None else self.prompt, own)
+
+    def own_prompt(self, *, caption: str, vqa: str) -> str:
+        """This request's prompt without its history: its own template, or else the model's for a caption or a question.
+
+        A Q-Former that reads prompts is given this one: it takes few tokens, and it is the last question that tells
+        what to look for.
+
+        Raises:
+            InputError: the template does not fit (see `runtime.text.fill_prompt`), or prompt, question or a turn is no
+                text (see `runtime.text.require_text`).
+        """
+        for name, text in (("prompt", self.prompt), ("question", self.question)):
+            if text is not None:
+                require_text(text, name)
+        for question, answer in self.turns:
+            require_text(question, "turns: question")
+            require_text(answer, "turns: answer")
         template = self.prompt
         if template is None:
             template = caption if self.question is None else vqa

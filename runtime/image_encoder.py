@@ -11,19 +11,19 @@ Shape letters: B images, C colour channels, H height, W width, N image patches, 
 D language width, T question tokens
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from runtime.backends import Engine
+from runtime.image_memory import IMAGE_EMBEDS, PREFIX, ImageMemory, Rows
 from runtime.manifest import Manifest
-from runtime.query_cache import Cache, cache_key
+from runtime.query_cache import Cache
 from runtime.stopwatch import Stopwatch
 
 Floats = npt.NDArray[np.float32]
-Rows = Sequence[int]
 FUSED = "fused"
 """The graph that makes a caption's prefix from pixels; bundles hold it when they were exported with `export.fused`."""
 
@@ -43,9 +43,8 @@ class ImageEncoder:
         self._vision = vision
         self._qformer = qformer
         self._fused = fused
-        self._cache = cache
+        self._memory = ImageMemory(cache, manifest)
         self._question_conditioned = manifest.model.question_conditioned
-        self._identity = {"bundle": manifest.digest, "preprocess": manifest.preprocess.model_dump_json()}
 
     def encode(self, pixels_BCHW: Floats, questions: Sequence[Sequence[int] | None], watch: Stopwatch) -> Floats:
         """Return prefix_BQD.
@@ -54,8 +53,9 @@ class ImageEncoder:
         not read questions, so that an image has one prefix there.
         """
         with watch.phase("preprocess"):
-            image_keys = [self._key("image_embeds", pixels, None) for pixels in pixels_BCHW]
-            prefix_keys = [self._key("prefix", pixels, ids) for pixels, ids in zip(pixels_BCHW, questions, strict=True)]
+            image_keys = [self._memory.key(IMAGE_EMBEDS, pixels) for pixels in pixels_BCHW]
+            asked = zip(pixels_BCHW, questions, strict=True)
+            prefix_keys = [self._memory.key(PREFIX, pixels, ids) for pixels, ids in asked]
 
         def prefixes_of(rows: Rows) -> list[Floats]:
             captions = self._fusible(rows, image_keys, questions)
@@ -73,15 +73,15 @@ class ImageEncoder:
                 found |= dict(zip(others, prefix_BQD, strict=True))
             return [found[row] for row in rows]
 
-        return np.stack(self._remembered(prefix_keys, prefixes_of))
+        return np.stack(self._memory.remembered(prefix_keys, prefixes_of))
 
     def remember(self, pixels_BCHW: Floats, question: Sequence[int] | None) -> int:
         """Put into the cache what these images can be asked for, `question` among it; returns how many were new."""
-        keys = [[self._key("prefix", pixels, question)] for pixels in pixels_BCHW]
+        keys = [[self._memory.key(PREFIX, pixels, question)] for pixels in pixels_BCHW]
         if self._question_conditioned:
             for of_image, pixels in zip(keys, pixels_BCHW, strict=True):
-                of_image.append(self._key("image_embeds", pixels, None))
-        new = len({of_image[0] for of_image in keys if not all(key in self._cache for key in of_image)})
+                of_image.append(self._memory.key(IMAGE_EMBEDS, pixels))
+        new = len({of_image[0] for of_image in keys if not all(key in self._memory for key in of_image)})
         self.encode(pixels_BCHW, [question] * len(pixels_BCHW), Stopwatch())
         if self._question_conditioned:
             self._image_embeds(pixels_BCHW, [of_image[1] for of_image in keys])
@@ -97,14 +97,14 @@ class ImageEncoder:
         return [
             row
             for row in rows
-            if questions[row] is None and image_keys[row] not in asked and image_keys[row] not in self._cache
+            if questions[row] is None and image_keys[row] not in asked and image_keys[row] not in self._memory
         ]
 
     def _fused_prefix(self, pixels_BCHW: Floats, keys: Sequence[str]) -> Floats:
         assert self._fused is not None
         outputs = self._fused.run({"pixels": pixels_BCHW})
         for key, embeds_NE in zip(keys, outputs.get("image_embeds", ()), strict=False):
-            self._cache.put(key, embeds_NE)
+            self._memory.put(key, embeds_NE)
         prefix_BQD: Floats = outputs["prefix"]
         return prefix_BQD
 
@@ -116,7 +116,7 @@ class ImageEncoder:
 
         if not self._question_conditioned:
             return features_of(range(len(keys)))
-        return np.stack(self._remembered(keys, features_of))
+        return np.stack(self._memory.remembered(keys, features_of))
 
     def _prefix(self, embeds_BNE: Floats, questions: Sequence[Sequence[int] | None]) -> Floats:
         feeds: dict[str, npt.NDArray[Any]] = {"image_embeds": embeds_BNE}
@@ -125,28 +125,6 @@ class ImageEncoder:
         assert self._qformer is not None
         prefix_BQD: Floats = self._qformer.run(feeds)["prefix"]
         return prefix_BQD
-
-    def _remembered(self, keys: Sequence[str], compute: Callable[[Rows], Iterable[Floats]]) -> list[Floats]:
-        """One array per key: from the cache, or computed for the first row of each distinct key that is not there."""
-        known: dict[str, Floats] = {}
-        missing: dict[str, int] = {}
-        for row, key in enumerate(keys):
-            if key in known or key in missing:
-                continue
-            array = self._cache.get(key)
-            if array is None:
-                missing[key] = row
-            else:
-                known[key] = array
-        if missing:
-            for key, array in zip(missing, compute(list(missing.values())), strict=True):
-                known[key] = array
-                self._cache.put(key, array)
-        return [known[key] for key in keys]
-
-    def _key(self, stored: str, pixels_CHW: Floats, question: Sequence[int] | None) -> str:
-        asked = {} if question is None else {"question_ids": question}
-        return cache_key({"stored": stored, **self._identity, "pixels": pixels_CHW, **asked})
 
 
 def open_encoder(manifest: Manifest, engine: Callable[[str], Engine], cache: Cache) -> ImageEncoder:

@@ -26,7 +26,7 @@ from pydantic import PositiveInt, ValidationError
 from runtime.bundle import Bundle
 from runtime.errors import DataError, ImageError, InputError, MissingFile
 from runtime.files import atomic_folder, sha256_of, write_json_atomic
-from runtime.preprocess import load_image
+from runtime.preprocess import ImageSource, load_image
 from runtime.progress import Progress
 from runtime.retrieval import Floats, Retrieval, Retriever
 from runtime.search import Hit, ImageOf, search_images, search_texts
@@ -256,7 +256,7 @@ class Index:
         return [[(self.items[hit.row], hit) for hit in hits] for hits in found]
 
     def find_texts(
-        self, retrieval: Retrieval, images: Sequence[Path], *, top: int, candidates: int
+        self, retrieval: Retrieval, images: Sequence[ImageSource], *, top: int, candidates: int
     ) -> list[list[tuple[str, Hit]]]:
         """For every image the best `top` (text, hit), best first; raises as `find_images`."""
         self._require(retrieval, "texts", "search it with a text")

@@ -8,11 +8,10 @@ Shape letters: B images, C colour channels, H height, W width, Q queries, D lang
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from runtime.answers import Alternative, Answer, Request
 from runtime.backends import CPU, Engine, Opener
@@ -20,10 +19,12 @@ from runtime.bundle import Bundle
 from runtime.closing import Closing
 from runtime.decoding import GREEDY, Decoding
 from runtime.decoding.stop_strings import StopStrings
+from runtime.decoding.text_decoder import check_new_tokens
 from runtime.disk_cache import DiskCache
 from runtime.errors import InputError
+from runtime.held_weights import HeldWeights
 from runtime.image_encoder import open_encoder
-from runtime.preprocess import ImageSource, preprocess_batch
+from runtime.preprocess import ImageSource, preprocess_batch, sources_of
 from runtime.speaker import open_decoder
 from runtime.stopwatch import Stopwatch
 from runtime.streaming import Piece, SteadyText
@@ -57,6 +58,7 @@ class Pipeline(Closing):
         self.bundle = bundle
         self.cache = open_cache(cache_bytes, disk)
         manifest = bundle.manifest
+        self._templates = {"caption": manifest.prompts.caption, "vqa": manifest.prompts.vqa}
         self._tokenizer = TextTokenizer(bundle.file(TOKENIZER))
         self._qformer_tokenizer = (
             TextTokenizer(bundle.file(QFORMER_TOKENIZER)) if manifest.model.question_conditioned else None
@@ -68,6 +70,7 @@ class Pipeline(Closing):
 
             self._encoder = open_encoder(manifest, engine, self.cache)
             self._decoder = open_decoder(manifest, engine)
+            self._weights = opened.enter_context(HeldWeights(bundle))
             self._engines = opened.pop_all()
 
     def answer(
@@ -80,7 +83,9 @@ class Pipeline(Closing):
         Raises:
             ImageError: an image cannot be read.
             InputError: no request, a bad prompt or question, or beyond the bundle's limits.
+            BundleError: somebody wrote into the bundle's weights since they were opened.
         """
+        self._weights.check()
         watch = Stopwatch()
         manifest = self.bundle.manifest
         if not requests:
@@ -116,9 +121,7 @@ class Pipeline(Closing):
         self, images: ImageSource | Sequence[ImageSource], prompt: str | None = None, *, decoding: Decoding = GREEDY
     ) -> list[Answer]:
         """Caption one image or several."""
-        one = isinstance(images, str | Path | bytes | Image.Image | np.ndarray)
-        sources: Sequence[ImageSource] = [images] if one else images  # type: ignore[list-item, assignment]
-        return self.answer([Request(image, prompt=prompt) for image in sources], decoding=decoding)
+        return self.answer([Request(image, prompt=prompt) for image in sources_of(images)], decoding=decoding)
 
     def vqa(
         self, image: ImageSource, question: str, prompt: str | None = None, *, decoding: Decoding = GREEDY
@@ -140,7 +143,9 @@ class Pipeline(Closing):
         Raises:
             ImageError: the image cannot be read.
             InputError: a bad prompt or question, several sequences or beams, or beyond the bundle's limits.
+            BundleError: as `answer`.
         """
+        self._weights.check()
         watch, side = Stopwatch(), self.bundle.manifest.side(request.image_size)
         new_tokens = self._new_tokens(max_new_tokens)
         prompt, question = self._prompt_ids(request), self._question_ids(request)
@@ -175,6 +180,44 @@ class Pipeline(Closing):
         prefix_BQD = self._encoder.encode(pixels_BCHW, questions, watch)
         return self._decoder.generate(prefix_BQD, prompts, max_new_tokens, watch, decoding, self._stops(decoding))
 
+    def prefixes(self, requests: Sequence[Request]) -> npt.NDArray[np.float32]:
+        """What the language model reads of each image before its prompt: [B, Q, D].
+
+        Raises:
+            ImageError, InputError, BundleError: as `answer`.
+        """
+        self._weights.check()
+        manifest = self.bundle.manifest
+        if not requests:
+            raise InputError("expected at least one image, found an empty list")
+        questions = [self._question_ids(request) for request in requests]
+        found: dict[int, npt.NDArray[np.float32]] = {}
+        sides = [manifest.side(request.image_size) for request in requests]
+        for rows in one_size_batches(sides, manifest.limits.max_batch):
+            images = [requests[row].image for row in rows]
+            pixels_BCHW = preprocess_batch(images, manifest.preprocess.at(sides[rows[0]]))
+            prefix_BQD = self._encoder.encode(pixels_BCHW, [questions[row] for row in rows], Stopwatch())
+            found |= dict(zip(rows, prefix_BQD, strict=True))
+        return np.stack([found[row] for row in range(len(requests))])
+
+    def fitted(self, request: Request, max_new_tokens: int | None = None) -> Request:
+        """The request with as many of its latest turns as the bundle has positions for; turns go whole.
+
+        Raises:
+            InputError: the question does not fit alone, or any other fault of its texts or of `max_new_tokens`.
+        """
+        new_tokens, queries = self._new_tokens(max_new_tokens), self.bundle.manifest.model.queries
+        check_new_tokens(new_tokens, self.bundle.manifest.limits)
+        while True:
+            try:
+                self._decoder.check_positions(queries + len(self._prompt_ids(request)), new_tokens)
+            except InputError:
+                if not request.turns:
+                    raise
+                request = replace(request, turns=request.turns[1:])
+            else:
+                return request
+
     def close(self) -> None:
         """Free the graphs."""
         self._engines.close()
@@ -189,8 +232,7 @@ class Pipeline(Closing):
         return self._tokenizer.encode(self._prompt(request))
 
     def _prompt(self, request: Request) -> str:
-        prompts = self.bundle.manifest.prompts
-        return request.filled_prompt(caption=prompts.caption, vqa=prompts.vqa)
+        return request.filled_prompt(**self._templates)
 
     def _question_ids(self, request: Request) -> list[int] | None:
         """Ids for the Q-Former; None where it reads no text for this request, or none at all.
@@ -201,7 +243,7 @@ class Pipeline(Closing):
         if self._qformer_tokenizer is None:
             return None
         reads = self.bundle.manifest.model.qformer_reads
-        text = qformer_text(reads, request.question, self._prompt(request))
+        text = qformer_text(reads, request.question, request.own_prompt(**self._templates))
         if text is None:
             return None
         return cut(self._qformer_tokenizer.encode(text), self.bundle.manifest.limits.max_question_tokens)

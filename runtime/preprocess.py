@@ -50,6 +50,13 @@ class PreprocessSettings(Settings):
         return self if side is None else self.model_copy(update={"height": side, "width": side})
 
 
+def sources_of(images: ImageSource | Sequence[ImageSource]) -> Sequence[ImageSource]:
+    """One image or several, as several."""
+    if isinstance(images, str | Path | bytes | Image.Image | np.ndarray):
+        return [images]
+    return images
+
+
 def preprocess(source: ImageSource, settings: PreprocessSettings) -> npt.NDArray[np.float32]:
     """Read one image and return pixels_CHW; ImageError when it cannot be read."""
     resample = Image.Resampling[settings.resample.upper()]

@@ -9,7 +9,7 @@
 Shape letters: B rows, C H W pixels, N image tokens, E image width, Q queries, T text tokens, F contrastive width
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,8 +21,11 @@ from runtime.backends import CPU, Arrays, Engine, Opener
 from runtime.bundle import Bundle
 from runtime.closing import Closing
 from runtime.errors import InputError
+from runtime.held_weights import HeldWeights
 from runtime.image_encoder import pad_questions
+from runtime.image_memory import IMAGE_EMBEDS, IMAGE_FEATURES, ImageMemory, Rows
 from runtime.preprocess import ImageSource, preprocess_batch
+from runtime.query_cache import Cache
 from runtime.text import normalise_caption
 from runtime.tokenizer import TextTokenizer, cut
 
@@ -74,30 +77,38 @@ def caption_words(text: str) -> str:
 class Retrieval(Closing):
     """A bundle with retrieval graphs, open and ready. Safe to share between threads."""
 
-    def __init__(self, bundle: Bundle, *, device: Opener = CPU) -> None:
-        """Open the graphs on `device`; the errors are those of `runtime.load_retrieval`."""
+    def __init__(self, bundle: Bundle, *, device: Opener = CPU, cache: Cache | None = None) -> None:
+        """Open the graphs on `device`; the errors are those of `runtime.load_retrieval`.
+
+        With a `cache`, an image that is in it costs no vision.
+        """
         require_retrieval(bundle)
         with ExitStack() as opened:
             vision, itc_image, itc_text, itm = (opened.enter_context(device.open(bundle, name)) for name in GRAPHS)
             self._graphs = RetrievalGraphs(vision, itc_image, itc_text, itm)
+            self._weights = opened.enter_context(HeldWeights(bundle))
             self._engines = opened.pop_all()
         self.bundle = bundle
+        self._memory = None if cache is None else ImageMemory(cache, bundle.manifest)
         self.max_batch = bundle.manifest.limits.max_batch
         self._tokenizer = TextTokenizer(bundle.file(RETRIEVAL_TOKENIZER))
 
     def embed_images(self, images: Sequence[ImageSource]) -> ImageEmbeddings:
         """Features [B, Q, F] for ITC and embeddings [B, N, E] for ITM; ImageError when one cannot be read."""
-        if not images:
-            raise InputError("expected at least one image, found an empty list")
-        settings = self.bundle.manifest.preprocess
-        parts = [
-            self.embed_pixels(preprocess_batch(images[start : start + self.max_batch], settings))
-            for start in range(0, len(images), self.max_batch)
-        ]
+        parts = [self.embed_pixels(pixels_BCHW) for pixels_BCHW in self._batches(images)]
         return ImageEmbeddings(
             np.concatenate([part.features_BQF for part in parts]),
             np.concatenate([part.image_embeds_BNE for part in parts]),
         )
+
+    def image_features(self, images: Sequence[ImageSource]) -> Floats:
+        """The features [B, Q, F] of `embed_images` alone, for which a cache needs no embeddings."""
+
+        def features(pixels_BCHW: Floats) -> Floats:
+            self._weights.check()
+            return self._features(pixels_BCHW, lambda rows: self._embeds(pixels_BCHW[list(rows)]))
+
+        return np.concatenate([features(pixels_BCHW) for pixels_BCHW in self._batches(images)])
 
     def embed_texts(self, texts: Sequence[str]) -> Floats:
         """Features [B, F] for ITC; InputError for a text without words."""
@@ -116,14 +127,18 @@ class Retrieval(Closing):
 
     def embed_pixels(self, pixels_BCHW: Floats) -> ImageEmbeddings:
         """`embed_images` of one batch that is preprocessed already; what serving and replay share."""
-        return self._graphs.embed_pixels(pixels_BCHW)
+        self._weights.check()
+        embeds_BNE = self._embeds(pixels_BCHW)
+        return ImageEmbeddings(self._features(pixels_BCHW, lambda rows: embeds_BNE[list(rows)]), embeds_BNE)
 
     def embed_ids(self, ids: Sequence[Sequence[int]]) -> Floats:
         """`embed_texts` of texts that are tokens already."""
+        self._weights.check()
         return self._in_batches(len(ids), lambda rows: self._graphs.embed_ids(ids[rows]))
 
     def match_ids(self, image_embeds_BNE: Floats, ids: Sequence[Sequence[int]]) -> Floats:
         """`match` with texts that are tokens already."""
+        self._weights.check()
         if len(image_embeds_BNE) != len(ids):
             raise InputError(f"match: expected one text per image, found {len(image_embeds_BNE)} and {len(ids)}")
         return self._in_batches(len(ids), lambda rows: self._graphs.match_ids(image_embeds_BNE[rows], ids[rows]))
@@ -131,6 +146,28 @@ class Retrieval(Closing):
     def close(self) -> None:
         """Free the graphs."""
         self._engines.close()
+
+    def _batches(self, images: Sequence[ImageSource]) -> Iterator[Floats]:
+        """pixels_BCHW of so many images as run together; InputError for none."""
+        if not images:
+            raise InputError("expected at least one image, found an empty list")
+        settings = self.bundle.manifest.preprocess
+        for start in range(0, len(images), self.max_batch):
+            yield preprocess_batch(images[start : start + self.max_batch], settings)
+
+    def _features(self, pixels_BCHW: Floats, embeds_of: Callable[[Rows], Floats]) -> Floats:
+        """Features [B, Q, F]; `embeds_of` is asked for the embeddings of rows whose features are not remembered."""
+        if self._memory is None:
+            return self._graphs.contrast(embeds_of(range(len(pixels_BCHW))))
+        keys = [self._memory.key(IMAGE_FEATURES, pixels) for pixels in pixels_BCHW]
+        return np.stack(self._memory.remembered(keys, lambda rows: self._graphs.contrast(embeds_of(rows))))
+
+    def _embeds(self, pixels_BCHW: Floats) -> Floats:
+        """Embeddings [B, N, E], from the cache where it has them."""
+        if self._memory is None:
+            return self._graphs.look(pixels_BCHW)
+        keys = [self._memory.key(IMAGE_EMBEDS, pixels) for pixels in pixels_BCHW]
+        return np.stack(self._memory.remembered(keys, lambda rows: self._graphs.look(pixels_BCHW[list(rows)])))
 
     def _in_batches(self, count: int, compute: Callable[[slice], Floats]) -> Floats:
         starts = range(0, count, self.max_batch)
@@ -146,8 +183,18 @@ class RetrievalGraphs:
 
     def embed_pixels(self, pixels_BCHW: Floats) -> ImageEmbeddings:
         """Features [B, Q, F] and embeddings [B, N, E]."""
+        embeds_BNE = self.look(pixels_BCHW)
+        return ImageEmbeddings(self.contrast(embeds_BNE), embeds_BNE)
+
+    def look(self, pixels_BCHW: Floats) -> Floats:
+        """Embeddings [B, N, E]."""
         embeds_BNE: Floats = self._vision.run({"pixels": pixels_BCHW})["image_embeds"]
-        return ImageEmbeddings(self._itc_image.run({"image_embeds": embeds_BNE})["image_features"], embeds_BNE)
+        return embeds_BNE
+
+    def contrast(self, image_embeds_BNE: Floats) -> Floats:
+        """Features [B, Q, F]."""
+        features_BQF: Floats = self._itc_image.run({"image_embeds": image_embeds_BNE})["image_features"]
+        return features_BQF
 
     def embed_ids(self, ids: Sequence[Sequence[int]]) -> Floats:
         """Features [B, F]."""

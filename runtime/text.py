@@ -3,6 +3,8 @@
 The rules are those BLIP-2 was trained with (LAVIS text processors; reference/training.md §1.13).
 """
 
+import re
+from collections.abc import Iterable
 from typing import Literal
 
 from runtime.errors import InputError
@@ -16,8 +18,35 @@ MAX_WORDS = 50
 PUNCTUATION = '.!"()*#:;~'
 """Removed from captions and questions; the comma, the question mark and the apostrophe stay."""
 
+MAX_CHARACTERS = 100_000
+"""Of a prompt or question: no language model reads so many, and to tokenise gigabytes only to say so takes minutes."""
+
+_NOT_TEXT = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f\\ud800-\\udfff]")
 _TO_SPACE = str.maketrans(dict.fromkeys(PUNCTUATION, " "))
 _TO_NOTHING = str.maketrans("", "", PUNCTUATION)
+
+
+def require_text(text: str, name: str) -> None:
+    """Whether a prompt or question of a request is text; `name` is what it is called in the error.
+
+    Tabs and line ends are text. Other control characters are refused: BERT's tokenizer drops them and a byte-level one
+    spells them out, so the Q-Former and the language model would read two different texts, and no model was trained
+    on any. Half a surrogate pair is what Python makes of bytes that are not UTF-8; no tokenizer takes one.
+
+    Raises:
+        InputError: no text, too long, with a control character, or not UTF-8.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"{name}: expected text, found {type(text).__name__}")
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(f"{name}: expected at most {MAX_CHARACTERS:,} characters, found {len(text):,}; shorten it")
+    found = _NOT_TEXT.search(text)
+    if found is None:
+        return
+    place, code = found.start() + 1, ord(found[0])
+    if code >= 0xD800:
+        raise InputError(f"{name}: expected UTF-8, found other bytes at character {place}; write it in UTF-8")
+    raise InputError(f"{name}: expected text, found the control character U+{code:04X} at {place}; remove it")
 
 
 def normalise_caption(caption: str) -> str:
@@ -51,6 +80,15 @@ def fill_prompt(template: str, question: str | None) -> str:
     if not words:
         raise InputError(f"question: expected words, found {question!r}")
     return template.replace("{}", words)
+
+
+def with_history(turns: Iterable[tuple[str, str]], template: str, own_prompt: str) -> str:
+    """The prompt of a question behind earlier ones, as LAVIS's BLIP-2 chat writes it; `turns` the oldest first.
+
+    Question: what is it? Answer: a circle. Question: which colour? Answer:
+    """
+    said = [f"{fill_prompt(template, question).rstrip()} {' '.join(answer.split())}" for question, answer in turns]
+    return " ".join([*(turn if turn.endswith((".", "!", "?")) else f"{turn}." for turn in said), own_prompt])
 
 
 def qformer_text(reads: QFormerReads, question: str | None, prompt: str) -> str | None:

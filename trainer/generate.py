@@ -26,6 +26,7 @@ class EagerPipeline:
 
     def __init__(self, model: Blip2) -> None:
         self.model = model.eval()
+        self._templates = {"caption": model.config.caption_prompt, "vqa": model.config.vqa_prompt}
 
     @torch.no_grad()
     def answer(self, requests: Sequence[Request], *, max_new_tokens: int | None = None) -> list[Answer]:
@@ -35,8 +36,8 @@ class EagerPipeline:
         marks.append(time.perf_counter())
         image_embeds_BNE = model.encode_image(pixels_BCHW)
         marks.append(time.perf_counter())
-        prompts = [self._prompt(request) for request in requests]
-        prefix_BQD = model.query_prefix(image_embeds_BNE, *self._conditions(requests, prompts))
+        prompts = [request.filled_prompt(**self._templates) for request in requests]
+        prefix_BQD = model.query_prefix(image_embeds_BNE, *self._conditions(requests))
         marks.append(time.perf_counter())
         embeds, mask = self._with_prompts(prefix_BQD, prompts)
         first_token = _FirstToken()
@@ -67,16 +68,12 @@ class EagerPipeline:
             )
         return self.model.preprocess.at(sides.pop())
 
-    def _prompt(self, request: Request) -> str:
-        config = self.model.config
-        return request.filled_prompt(caption=config.caption_prompt, vqa=config.vqa_prompt)
-
-    def _conditions(self, requests: Sequence[Request], prompts: list[str]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    def _conditions(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """What the Q-Former reads beside the images."""
         if not self.model.question_conditioned:
             return None, None
         reads = self.model.config.qformer_reads
-        texts = [qformer_text(reads, r.question, prompt) for r, prompt in zip(requests, prompts, strict=True)]
+        texts = [qformer_text(reads, r.question, r.own_prompt(**self._templates)) for r in requests]
         return condition_tokens(self.model, texts)
 
     def _with_prompts(self, prefix_BQD: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
