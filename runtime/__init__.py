@@ -1,6 +1,6 @@
 """Runs a bundle: numpy and one engine backend, never torch.
 
-Opening one is all there is to know; `runtime.pipeline` tells what happens then:
+`qforge.load` opens a bundle for all it can do (`runtime.model`). Here are its two halves, each on its own:
 
     import runtime
     with runtime.load("runs/demo/bundle-fp32") as pipeline:
@@ -25,7 +25,7 @@ def load(
     cache_dir: str | Path | None = None,
     cache_dir_bytes: int | None = None,
 ) -> "Pipeline":
-    """Read a bundle, check it and open its graphs.
+    """Read a bundle, check it and open the graphs it answers with.
 
     Args:
         bundle: The folder that `qforge export` made.

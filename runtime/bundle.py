@@ -41,6 +41,7 @@ PREPARED = "prepared"
 """Folder of graphs rewritten and packed for a device's processor after export; not listed either."""
 LATENCY = "latency.json"
 """What the exporting machine measured."""
+REPAIR = "copy or export it again"
 UNLISTED = ("README.md", LATENCY)
 """Words and measurements for people, which no reader of the bundle relies on: not listed, so that two exports of one
 checkpoint have one digest, and that a card may be annotated."""
@@ -64,6 +65,17 @@ class Bundle:
             raise BundleError(f"{self.path}: expected a graph '{name}', found {sorted(self.manifest.graphs)}")
         return self.file(self.manifest.graphs[name].file)
 
+    def check_graph(self, name: str) -> None:
+        """Hash a graph's files once more: what opens later than the bundle was read asks whether it is the same.
+
+        Raises:
+            BundleError: no such graph, or a file of it is missing or was changed.
+        """
+        self.graph(name)
+        entry = self.manifest.graphs[name]
+        parts = [part for part in (entry, entry.data) if part]
+        require_hashes({self.file(part.file): part.sha256 for part in parts}, REPAIR)
+
 
 def read_bundle(path: Path | str, check_hashes: bool = True) -> Bundle:
     """Read `manifest.json` and check that the folder is exactly what it says.
@@ -82,7 +94,7 @@ def read_bundle(path: Path | str, check_hashes: bool = True) -> Bundle:
     listed = {MANIFEST, *_listed_hashes(manifest)}
     expected = {_inside(path, relative): sha256 for relative, sha256 in _listed_hashes(manifest).items()}
     if check_hashes:
-        require_hashes(expected, "copy or export it again")
+        require_hashes(expected, REPAIR)
     for relative in _files_under(path):
         if relative not in {*listed, *UNLISTED} and not relative.startswith((f"{ENGINES}/", f"{PREPARED}/")):
             raise BundleError(f"{path / relative}: expected only files that {MANIFEST} lists, found this; remove it")

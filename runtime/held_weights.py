@@ -1,8 +1,8 @@
-"""Weights that an engine reads from their file while it runs: whether somebody wrote into it since.
+"""What is asked before every request: is the bundle still open, and its weights as they were.
 
 onnxruntime maps weights that lie beside a graph. Who cuts such a file short under a running process ends that process
-(SIGBUS), and who overwrites it gives it other weights without a word; so every request asks first. A file that is
-replaced, as `qforge export` replaces a whole bundle, is no danger: what was mapped lives on under no name.
+(SIGBUS), and who overwrites it gives it other weights without a word. A file that is replaced, as `qforge export`
+replaces a whole bundle, is no danger: what was mapped lives on under no name.
 """
 
 import os
@@ -10,24 +10,27 @@ from contextlib import ExitStack
 
 from runtime.bundle import Bundle
 from runtime.closing import Closing
-from runtime.errors import BundleError
+from runtime.errors import BundleError, InputError
 
 
 class HeldWeights(Closing):
-    """The weight files of a bundle, held open; about a microsecond a file to check."""
+    """The weight files of an open bundle, held open too; about a microsecond a file to check."""
 
     def __init__(self, bundle: Bundle) -> None:
+        self._bundle, self._closed = bundle, False
         self._files: list[tuple[str, int, tuple[int, int]]] = []
         with ExitStack() as opened:
             for graph in bundle.manifest.graphs.values():
-                if graph.data is not None:
-                    path = bundle.file(graph.data.file)
+                path = None if graph.data is None else bundle.path / graph.data.file
+                if path is not None and path.is_file():  # a Triton server has its own copies
                     file = opened.enter_context(path.open("rb"))
                     self._files.append((str(path), file.fileno(), _state(file.fileno())))
             self._opened = opened.pop_all()
 
     def check(self) -> None:
-        """BundleError when a file is not as it was when it was opened."""
+        """InputError when the bundle was closed, BundleError when a file is not as it was when it was opened."""
+        if self._closed:
+            raise InputError(f"{self._bundle.path}: this bundle was closed; load it again")
         for path, number, before in self._files:
             if _state(number) != before:
                 raise BundleError(
@@ -37,7 +40,7 @@ class HeldWeights(Closing):
 
     def close(self) -> None:
         """Let go of the files."""
-        self._files = []
+        self._closed = True
         self._opened.close()
 
 

@@ -209,8 +209,9 @@ class Pipeline(Closing):
         new_tokens, queries = self._new_tokens(max_new_tokens), self.bundle.manifest.model.queries
         check_new_tokens(new_tokens, self.bundle.manifest.limits)
         while True:
+            positions = queries + len(self._prompt_ids(request))  # outside: what is wrong with a text is not its length
             try:
-                self._decoder.check_positions(queries + len(self._prompt_ids(request)), new_tokens)
+                self._decoder.check_positions(positions, new_tokens)
             except InputError:
                 if not request.turns:
                     raise
