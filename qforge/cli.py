@@ -5,6 +5,7 @@ Nothing heavy is imported here, so `qforge --help` answers at once; each verb im
     qforge run recipes/demo.yaml --out runs/demo
 """
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -249,7 +250,7 @@ def vqa(
     return verbs_answer.vqa(bundle, image, questions, how, _device(backend, provider, threads))
 
 
-from qforge import cli_cache  # noqa: E402, F401 - as above
+from qforge import cli_cache, cli_chat  # noqa: E402, F401 - as above
 
 
 @verb(app, "index", "qforge index bundle-retrieval photos/ more.jsonl --out photos.index")
@@ -378,6 +379,8 @@ def _device(backend: str, provider: Provider, threads: int | None) -> "Device":
 
 def main() -> None:
     """Entry point of the `qforge` command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name or a text that this terminal cannot show is no failure
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(prog_name="qforge", standalone_mode=False)
     except typer.TyperException as error:

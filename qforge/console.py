@@ -87,10 +87,16 @@ _stdout: ContextVar[tuple[TextIO, bool]] = ContextVar("stdout")
 """Where results go while a verb is at work, and whether as JSON."""
 
 
-def emit(data: dict[str, Any], text: str) -> None:
-    """A part of a verb's result before the verb is done: with `--json` one line of it, else the bare text."""
+def emit(data: dict[str, Any] | None, text: str) -> None:
+    """A part of a verb's result before the verb is done: with `--json` one line of it, else the bare text.
+
+    `data` None is for people alone: nothing is printed with `--json`.
+    """
     stdout, as_json = _stdout.get((sys.stdout, False))
-    print(json.dumps(data) if as_json else text, end="\n" if as_json else "", file=stdout, flush=True)
+    if not as_json:
+        print(text, end="", file=stdout, flush=True)
+    elif data is not None:
+        print(json.dumps(data), file=stdout, flush=True)
 
 
 def must_be_ours(out: Path, marker: str) -> None:
@@ -112,6 +118,9 @@ def explain(error: BaseException) -> tuple[str, int]:
         return INTERRUPTED, 2
     if isinstance(error, QforgeError):
         return str(error), error.exit_code
+    if isinstance(error, MemoryError):
+        detail = f" ({error})" if str(error) else ""
+        return f"There is not enough memory for this{detail}; ask for less at once, or use a smaller bundle.", 2
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
         where = f" at {error.filename}" if error.filename else ""
         return f"No space left on the disk{where}; free some, then run the same command again.", 2

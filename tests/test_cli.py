@@ -22,19 +22,9 @@ ROOT = Path(__file__).parent.parent
 HELP_S = 0.3
 VERBS = [
     *(["run"], ["train"], ["data", "check"], ["data", "demo"], ["export"], ["verify"], ["inspect"], ["doctor"]),
-    *(
-        ["build"],
-        ["prepare"],
-        ["caption"],
-        ["vqa"],
-        ["index"],
-        ["search"],
-        ["evaluate"],
-        ["bench"],
-        ["import"],
-        ["to-hf"],
-    ),
-    *(["export-triton"], ["calibrate"], ["cache", "warm"], ["cache", "info"], ["cache", "clear"]),
+    *(["build"], ["caption"], ["vqa"], ["index"], ["search"], ["evaluate"], ["bench"], ["import"], ["to-hf"]),
+    *(["export-triton"], ["calibrate"], ["chat"], ["cache", "warm"], ["cache", "info"], ["cache", "clear"]),
+    *(["prepare"],),
 ]
 
 
