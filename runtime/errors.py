@@ -50,6 +50,10 @@ class CheckFailed(QforgeError):
     exit_code = 1
 
 
+class OutOfMemory(QforgeError, MemoryError):
+    """The engine found no memory for one request."""
+
+
 class OutOfSpace(QforgeError, OSError):
     """The file system took no more bytes while something was written."""
 

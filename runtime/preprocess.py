@@ -97,6 +97,8 @@ def load_image(source: ImageSource) -> Image.Image:
         return _to_rgb(ImageOps.exif_transpose(image))
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from error
+    except MemoryError:  # the image may be whole
+        raise
     except Exception as error:  # decoders raise whatever they meet in a damaged file
         raise ImageError(f"{name}: the image is truncated or damaged; replace the file") from error
     finally:

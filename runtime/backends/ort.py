@@ -7,6 +7,7 @@ from typing import Any
 import numpy.typing as npt
 
 from runtime.backends.cores import physical_cores
+from runtime.backends.memory import raise_for_memory
 from runtime.backends.providers import available_providers, execution_provider, require_taken
 from runtime.closing import Closing
 from runtime.errors import BackendUnavailable, BundleError, require
@@ -90,8 +91,12 @@ class OrtEngine(Closing):
         return _shapes(self._session.get_outputs())
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """All outputs for all inputs; the arrays belong to the caller."""
-        arrays = self._session.run(self._output_names, dict(feeds))
+        """All outputs for all inputs; the arrays belong to the caller. OutOfMemory leaves the engine usable."""
+        try:
+            arrays = self._session.run(self._output_names, dict(feeds))
+        except Exception as error:  # a class per cause and no common base
+            raise_for_memory(error)
+            raise
         return dict(zip(self._output_names, arrays, strict=True))
 
     def close(self) -> None:
