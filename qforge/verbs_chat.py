@@ -50,7 +50,7 @@ def chat(bundle: Path, image: Path, how: How, device: Device) -> Outcome:
                     continue
                 emit(answer.as_json(), "\n" if at_terminal else "")
                 if answer.dropped_turns > (answers[-1].dropped_turns if answers else 0):
-                    print(f"(the first {answer.dropped_turns} turns no longer fit and are left out)", file=sys.stderr)
+                    print(f"(oldest turns left out, as they no longer fit: {answer.dropped_turns})", file=sys.stderr)
                 answers.append(answer)
         except KeyboardInterrupt:  # an end like any other: what was answered stands
             pass
