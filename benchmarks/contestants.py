@@ -15,6 +15,7 @@ from runtime import load
 from runtime.answers import Answer, Answerer, Request
 from runtime.backends import Device
 from runtime.bundle import Bundle, read_bundle
+from runtime.decoding import GREEDY, Decoding
 from runtime.errors import InputError
 from trainer.checkpoint import load_checkpoint
 from trainer.generate import EagerPipeline
@@ -104,7 +105,9 @@ class Capped:
         self._answerer = answerer
         self._max_new_tokens = max_new_tokens
 
-    def answer(self, requests: Sequence[Request], *, max_new_tokens: int | None = None) -> list[Answer]:
+    def answer(
+        self, requests: Sequence[Request], *, max_new_tokens: int | None = None, decoding: Decoding = GREEDY
+    ) -> list[Answer]:
         """Answer all requests as one batch; a given limit counts when it is lower."""
         limit = self._max_new_tokens if max_new_tokens is None else min(max_new_tokens, self._max_new_tokens)
-        return self._answerer.answer(requests, max_new_tokens=limit)
+        return self._answerer.answer(requests, max_new_tokens=limit, decoding=decoding)

@@ -312,6 +312,7 @@ def search(
 
 
 @verb(app, "evaluate", "qforge evaluate runs/demo/bundle-int8 --data runs/demo/data/vqa_test.jsonl --task vqa")
+@decodes
 def evaluate(
     path: EitherFolder,
     manifest: Annotated[Path, typer.Option("--data", metavar="FILE", help="Manifest to score on.")],
@@ -323,22 +324,20 @@ def evaluate(
     backend: Backend = "ort",
     provider: ProviderName = "cpu",
     threads: Threads = None,
+    *,
+    decoding: "Decoding",
 ) -> Outcome:
     """Score a bundle or checkpoint on a data set.
 
     Retrieval: recall at 1, 5 and 10 in both directions, by contrast alone (itc) and re-ranked by matching (itm).
     """
     from qforge import verbs_bundle, verbs_retrieval
-    from runtime.errors import InputError
 
     device = _device(backend, provider, threads)
     if task == "retrieval":
-        if image_size is not None:
-            raise InputError("--image-size: retrieval reads images at the trained size; leave it out")
-        if cache_dir is not None:
-            raise InputError("--cache-dir: retrieval looks at every image once and keeps no cache; leave it out")
+        verbs_retrieval.require_plain(image_size, cache_dir, decoding)
         return verbs_retrieval.evaluate(path, manifest, candidates, device)
-    return verbs_bundle.evaluate(path, manifest, task, batch_size, image_size, device, cache_dir)
+    return verbs_bundle.evaluate(path, manifest, task, batch_size, image_size, device, cache_dir, decoding)
 
 
 @verb(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from runtime.answers import Answerer
 from runtime.backends import Device
 from runtime.dataset import Row
+from runtime.decoding import GREEDY, Decoding
 from runtime.errors import InputError, MissingFile, require
 from runtime.evaluate import Evaluation, evaluate
 from runtime.progress import Bar, Progress
@@ -54,6 +55,7 @@ def evaluate_rows(
     batch_size: int,
     title: str,
     image_size: int | None = None,
+    decoding: Decoding = GREEDY,
 ) -> Evaluation:
     """`runtime.evaluate` with a progress bar on stderr and the scorers that fit the rows."""
     from trainer.demo_world import scorers_for
@@ -61,7 +63,14 @@ def evaluate_rows(
     scorers = scorers_for(rows) if task == "caption" else {}
     with reporting(title) as progress:
         return evaluate(
-            answerer, rows, task=task, batch_size=batch_size, image_size=image_size, scorers=scorers, progress=progress
+            answerer,
+            rows,
+            task=task,
+            batch_size=batch_size,
+            image_size=image_size,
+            decoding=decoding,
+            scorers=scorers,
+            progress=progress,
         )
 
 

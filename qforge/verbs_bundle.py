@@ -17,6 +17,7 @@ from qforge.verbs_cache import warned
 from runtime.backends import Device
 from runtime.bundle import read_bundle
 from runtime.dataset import read_manifest
+from runtime.decoding import Decoding
 from runtime.errors import InputError, require
 from runtime.precision import CALIBRATED, Precision
 from runtime.progress import Progress
@@ -143,19 +144,20 @@ def evaluate(
     image_size: int | None,
     device: Device,
     cache_dir: Path | None,
+    decoding: Decoding,
 ) -> Outcome:
     """Metrics of one data set; with `cache_dir` also what that cache counted."""
     rows, counted = read_manifest(manifest), dict[str, Any]()
     if cache_dir is None:
         with open_answerer(path, device) as answerer:
-            evaluation = evaluate_rows(answerer, rows, task, batch_size, manifest.name, image_size)
+            evaluation = evaluate_rows(answerer, rows, task, batch_size, manifest.name, image_size, decoding)
     elif kind_of(path) != "bundle":
         raise InputError(f"{path}: --cache-dir is for bundles; a checkpoint runs as eager PyTorch and keeps no cache")
     else:
         with runtime.load(
             path, device.backend, device.threads, provider=device.provider, cache_dir=cache_dir
         ) as pipeline:
-            evaluation = evaluate_rows(pipeline, rows, task, batch_size, manifest.name, image_size)
+            evaluation = evaluate_rows(pipeline, rows, task, batch_size, manifest.name, image_size, decoding)
             counted["cache"] = warned(pipeline.cache.statistics())
     lines = [f"{name}: {100 * value:.2f} % of {evaluation.n}" for name, value in evaluation.metrics.items()]
     return Outcome(evaluation.as_json() | counted, "\n".join(lines))

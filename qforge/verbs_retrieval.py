@@ -12,6 +12,7 @@ from qforge.sources import MANIFEST_SUFFIX, images_of
 from runtime import load_retrieval
 from runtime.backends import Device
 from runtime.dataset import read_manifest
+from runtime.decoding import GREEDY, Decoding
 from runtime.errors import DataError, InputError, MissingFile
 from runtime.index import INDEX, Dtype, Index, write_image_index, write_text_index
 from runtime.progress import Progress
@@ -85,6 +86,16 @@ def search(
         {"results": data, "candidates": candidates, "picture": None if picture is None else str(picture)},
         "\n".join(line for result in results for line in _lines(result, len(results) > 1)),
     )
+
+
+def require_plain(image_size: int | None, cache_dir: Path | None, decoding: Decoding) -> None:
+    """InputError for an option of `qforge evaluate` that retrieval has no use for."""
+    if image_size is not None:
+        raise InputError("--image-size: retrieval reads images at the trained size; leave it out")
+    if cache_dir is not None:
+        raise InputError("--cache-dir: retrieval looks at every image once and keeps no cache; leave it out")
+    if decoding != GREEDY:
+        raise InputError("retrieval says no texts; leave the options of decoding (beams, penalties …) out")
 
 
 def evaluate(path: Path, manifest: Path, candidates: int, device: Device) -> Outcome:

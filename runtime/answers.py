@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from runtime.decoding import GREEDY, Decoding
 from runtime.errors import InputError
 from runtime.preprocess import ImageSource
 from runtime.text import fill_prompt, require_text, with_history
@@ -119,8 +120,10 @@ class Answer:
 
 
 class Answerer(Protocol):
-    """Anything that answers a batch of requests, greedily."""
+    """Anything that answers a batch of requests."""
 
-    def answer(self, requests: Sequence[Request], *, max_new_tokens: int | None = None) -> list[Answer]:
+    def answer(
+        self, requests: Sequence[Request], *, max_new_tokens: int | None = None, decoding: Decoding = GREEDY
+    ) -> list[Answer]:
         """Answer all requests as one batch; None takes the model's own token limit."""
         ...

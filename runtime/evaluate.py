@@ -1,12 +1,13 @@
 """One scorer for eager PyTorch and for every bundle: answer a data set, keep each answer, average the scores."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
 from runtime.answers import Answer, Answerer, Request
 from runtime.dataset import Row
+from runtime.decoding import GREEDY, Decoding
 from runtime.errors import DataError, InputError
 from runtime.scoring import caption_exact, vqa_score
 
@@ -39,12 +40,14 @@ def evaluate(
     task: Literal["caption", "vqa"],
     batch_size: int,
     image_size: int | None = None,
+    decoding: Decoding = GREEDY,
     scorers: Mapping[str, Scorer] = MappingProxyType({}),
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Caption the rows that have captions, or answer those with an answered question; other rows are passed over.
 
-    `image_size` is the side (pixels) that images are read at, None the trained one; `scorers` adds named metrics;
+    `image_size` is the side (pixels) that images are read at, None the trained one; `decoding` how texts are said;
+    `scorers` adds named metrics;
     `progress` is told (items done, items in all) after every batch.
 
     Raises:
@@ -61,7 +64,7 @@ def evaluate(
     answers: list[Answer] = []
     for start in range(0, len(items), batch_size):
         batch = items[start : start + batch_size]
-        answers += answerer.answer([_request(row, task, image_size) for row in batch])
+        answers += answerer.answer([_request(row, task, image_size) for row in batch], decoding=decoding)
         if progress is not None:
             progress(len(answers), len(items))
     own: Mapping[str, Scorer] = {"exact_match": _exact_match} if task == "caption" else {"accuracy": _accuracy}
@@ -69,7 +72,10 @@ def evaluate(
         name: sum(score(answer.text, row) for answer, row in zip(answers, items, strict=True)) / len(items)
         for name, score in {**own, **scorers}.items()
     }
-    settings = {"task": task, "batch_size": batch_size} | ({"image_size": image_size} if image_size else {})
+    settings: dict[str, Any] = {"task": task, "batch_size": batch_size} | (
+        {"image_size": image_size} if image_size else {}
+    )
+    settings |= {} if decoding == GREEDY else {"decoding": asdict(decoding)}
     return Evaluation(metrics, len(items), settings, tuple(answers))
 
 

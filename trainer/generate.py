@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from runtime.answers import Answer, Request
+from runtime.answers import Alternative, Answer, Request
+from runtime.decoding import GREEDY, Decoding
 from runtime.errors import InputError
 from runtime.preprocess import PreprocessSettings, preprocess_batch
 from runtime.text import qformer_text
 from trainer.blip2 import Blip2
+from trainer.decoding import generate_settings
 from trainer.generative import condition_tokens
 
 
@@ -29,8 +31,15 @@ class EagerPipeline:
         self._templates = {"caption": model.config.caption_prompt, "vqa": model.config.vqa_prompt}
 
     @torch.no_grad()
-    def answer(self, requests: Sequence[Request], *, max_new_tokens: int | None = None) -> list[Answer]:
-        """Answer all requests as one batch, greedily, at most `max_new_tokens` (default: the model's) tokens each."""
+    def answer(
+        self, requests: Sequence[Request], *, max_new_tokens: int | None = None, decoding: Decoding = GREEDY
+    ) -> list[Answer]:
+        """Answer all requests as one batch, at most `max_new_tokens` (default: the model's) tokens each.
+
+        Raises:
+            ImageError: an image cannot be read.
+            InputError: a bad prompt, question or size, or a decoding that eager PyTorch has otherwise than bundles.
+        """
         model, marks = self.model, [time.perf_counter()]
         pixels_BCHW = torch.from_numpy(preprocess_batch([r.image for r in requests], self._preprocess(requests)))
         marks.append(time.perf_counter())
@@ -39,23 +48,28 @@ class EagerPipeline:
         prompts = [request.filled_prompt(**self._templates) for request in requests]
         prefix_BQD = model.query_prefix(image_embeds_BNE, *self._conditions(requests))
         marks.append(time.perf_counter())
-        embeds, mask = self._with_prompts(prefix_BQD, prompts)
+        ids = [model.tokenizer(prompt).input_ids for prompt in prompts]
+        settings = generate_settings(decoding, model, [len(row) for row in ids])
+        embeds, mask = self._with_prompts(prefix_BQD, ids)
         first_token = _FirstToken()
         ids_BT = model.language_model.generate(
             inputs_embeds=embeds,
             attention_mask=mask,
             max_new_tokens=model.config.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            do_sample=False,
-            num_beams=1,
             eos_token_id=list(model.end_token_ids),
             pad_token_id=model.pad_token_id,
             stopping_criteria=StoppingCriteriaList([first_token]),
+            **settings,
         )
         marks += [first_token.at or marks[-1], time.perf_counter()]
         names = ("preprocess", "vision", "qformer", "prefill", "decode")
         timings_ms = {name: (b - a) * 1e3 for name, (a, b) in zip(names, pairwise(marks), strict=True)}
         timings_ms["total"] = (marks[-1] - marks[0]) * 1e3
-        return [self._finish(r, row, timings_ms) for r, row in zip(requests, ids_BT.tolist(), strict=True)]
+        said, many = [self._kept(row, decoding) for row in ids_BT.tolist()], decoding.num_return_sequences
+        return [
+            self._finish(request, said[row * many : (row + 1) * many], timings_ms)
+            for row, request in enumerate(requests)
+        ]
 
     def _preprocess(self, requests: Sequence[Request]) -> PreprocessSettings:
         """For the one size that all requests ask for; InputError when there are two, or the tower cannot read it."""
@@ -76,13 +90,12 @@ class EagerPipeline:
         texts = [qformer_text(reads, r.question, r.own_prompt(**self._templates)) for r in requests]
         return condition_tokens(self.model, texts)
 
-    def _with_prompts(self, prefix_BQD: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def _with_prompts(self, prefix_BQD: Tensor, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Prefix and prompt embeddings [B, S, D] and their mask [B, S].
 
         Short rows of a decoder-only model are padded on the left, as `generate` wants them; those of an encoder on the
         right.
         """
-        ids = [self.model.tokenizer(prompt).input_ids for prompt in prompts]
         longest = max(map(len, ids))
         embed = self.model.language_model.get_input_embeddings()
         queries, rows, masks = prefix_BQD.shape[1], [], []
@@ -96,12 +109,20 @@ class EagerPipeline:
             masks.append(pads + marks if left else marks + pads)
         return torch.stack(rows), torch.tensor(masks, device=prefix_BQD.device)
 
-    def _finish(self, request: Request, ids: list[int], timings_ms: dict[str, float]) -> Answer:
-        said = ids if self.model.style == "decoder-only" else ids[1:]  # the decoder's first token was given, not said
+    def _kept(self, ids: list[int], decoding: Decoding) -> tuple[int, ...]:
+        """What was said, without the decoder's first token, which was given, and from the end token on."""
+        said = ids if self.model.style == "decoder-only" else ids[1:]
         ends = [place for place, token in enumerate(said) if token in self.model.end_token_ids]
         kept = said[: min(ends, default=len(said))]
-        text = self.model.tokenizer.decode(kept, skip_special_tokens=True).strip()
-        return Answer(request.image_name, request.question, text, tuple(kept), timings_ms)
+        while decoding.stop_strings and kept and kept[-1] == self.model.pad_token_id:  # they end rows without its token
+            kept.pop()
+        return tuple(kept)
+
+    def _finish(self, request: Request, said: list[tuple[int, ...]], timings_ms: dict[str, float]) -> Answer:
+        texts = [self.model.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]
+        (text, *others), (ids, *other_ids) = texts, said
+        alternatives = tuple(Alternative(*other) for other in zip(others, other_ids, strict=True))
+        return Answer(request.image_name, request.question, text, ids, timings_ms, alternatives)
 
 
 class _FirstToken(StoppingCriteria):

@@ -11,6 +11,7 @@ from PIL import Image
 from benchmarks.contestants import Contestant
 from runtime.answers import Answer, Answerer, Request
 from runtime.dataset import Row
+from runtime.decoding import GREEDY, Decoding
 from runtime.stopwatch import PHASES
 
 WORDS = ["red", "green", "blue", "yes", "no", "a", "circle"]
@@ -26,7 +27,9 @@ class Parrot:
     """Names of all pipelines that share this list, in the order they were asked."""
     limits: list[int | None] = field(default_factory=list)
 
-    def answer(self, requests: Sequence[Request], *, max_new_tokens: int | None = None) -> list[Answer]:
+    def answer(
+        self, requests: Sequence[Request], *, max_new_tokens: int | None = None, decoding: Decoding = GREEDY
+    ) -> list[Answer]:
         self.calls.append(self.name)
         self.limits.append(max_new_tokens)
         return [self._one(request, max_new_tokens) for request in requests]

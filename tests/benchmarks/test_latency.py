@@ -9,6 +9,7 @@ import pytest
 from benchmarks.config import BenchConfig
 from benchmarks.latency import Samples, batches_of, further_tokens, measure, summarise, time_tasks
 from runtime.answers import Answer, Request
+from runtime.decoding import GREEDY, Decoding
 from runtime.errors import InputError
 from runtime.progress import Progress
 from tests.benchmarks.stand_ins import Parrot, contestant, question_row
@@ -41,7 +42,9 @@ def test_what_is_timed_is_not_what_was_just_answered() -> None:
     asked: list[str] = []
 
     class Listening(Parrot):
-        def answer(self, requests: Sequence[Request], *, max_new_tokens: int | None = None) -> list[Answer]:
+        def answer(
+            self, requests: Sequence[Request], *, max_new_tokens: int | None = None, decoding: Decoding = GREEDY
+        ) -> list[Answer]:
             asked.append(str(requests[0].image))
             return super().answer(requests, max_new_tokens=max_new_tokens)
 
@@ -61,7 +64,9 @@ def test_warm_up_is_not_sampled_and_every_other_call_is() -> None:
 
 def test_the_total_is_our_clock_not_the_pipelines() -> None:
     class Slow(Parrot):
-        def answer(self, requests: Sequence[Request], *, max_new_tokens: int | None = None) -> list[Answer]:
+        def answer(
+            self, requests: Sequence[Request], *, max_new_tokens: int | None = None, decoding: Decoding = GREEDY
+        ) -> list[Answer]:
             time.sleep(0.03)
             return super().answer(requests, max_new_tokens=max_new_tokens)
 

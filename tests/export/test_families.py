@@ -165,19 +165,14 @@ def test_the_bundle_answers_token_for_token(name: str, family, asked: list[Reque
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_beams_of_the_bundle_are_those_of_transformers(
-    name: str, family, asked: list[Request], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_beams_of_the_bundle_are_those_of_transformers(name: str, family, asked: list[Request]) -> None:
     """The cache that ONNX Runtime gave is gathered; the settings are in tests/runtime/decoding."""
     made, some = family(name), asked[:24]
-    settings = {"num_beams": 3, "early_stopping": True, "length_penalty": 0.5, "no_repeat_ngram_size": 2}
-    language_model, greedy = made.model.language_model, answered(made.bundle, some)
-    generate = language_model.generate
-    monkeypatch.setattr(language_model, "generate", lambda **asked_for: generate(**asked_for | settings))
-    expected = [answer.token_ids for answer in EagerPipeline(made.model).answer(some)]
+    decoding = Decoding(num_beams=3, early_stopping=True, length_penalty=0.5, no_repeat_ngram_size=2)
+    expected = [answer.token_ids for answer in EagerPipeline(made.model).answer(some, decoding=decoding)]
     with Pipeline(made.bundle, device=Device(threads=1), cache_bytes=0) as opened:
-        answers = opened.answer(some, decoding=Decoding(**settings))
-    assert [answer.token_ids for answer in answers] == expected != greedy
+        answers = opened.answer(some, decoding=decoding)
+    assert [answer.token_ids for answer in answers] == expected != answered(made.bundle, some)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

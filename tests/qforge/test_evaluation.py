@@ -8,6 +8,7 @@ from qforge.evaluation import evaluate_rows, kind_of, open_answerer, reporting
 from runtime.answers import Answer, Request
 from runtime.backends import CPU
 from runtime.dataset import Row
+from runtime.decoding import GREEDY, Decoding
 from runtime.errors import InputError, MissingFile
 
 
@@ -27,7 +28,9 @@ def test_neither_bundle_nor_checkpoint_is_refused(tmp_path: Path) -> None:
 class Parrot:
     """Answers every question with its own last word, every picture with one caption."""
 
-    def answer(self, requests: list[Request], *, max_new_tokens: int | None = None) -> list[Answer]:
+    def answer(
+        self, requests: list[Request], *, max_new_tokens: int | None = None, decoding: Decoding = GREEDY
+    ) -> list[Answer]:
         texts = [(request.question or "red circle").split()[-1] for request in requests]
         return [Answer("x.png", request.question, text, (), {}) for request, text in zip(requests, texts, strict=True)]
 

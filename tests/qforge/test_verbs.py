@@ -135,6 +135,20 @@ def test_evaluate_scores_a_bundle(
     found = json.loads(out.splitlines()[-1])
     assert code == 0
     assert (found["metrics"], found["n"]) == ({"accuracy": 0.5}, 2)
+    assert "decoding" not in found["settings"]
+
+
+def test_evaluate_decodes_as_it_is_told(
+    bundle: Path, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "set.jsonl").write_text(json.dumps({"image": "red.png", "question": "what?", "answers": ["a"]}))
+    asked = ("evaluate", bundle, "--data", tmp_path / "set.jsonl", "--json", "--task")
+    assert json.loads(call(capsys, *asked, "vqa")[1])["metrics"] == {"accuracy": 0.0}
+    found = json.loads(call(capsys, *asked, "vqa", "--stop-strings", "a")[1])
+    assert found["metrics"] == {"accuracy": 1.0}, "the answer ends behind its first word"
+    assert found["settings"]["decoding"]["stop_strings"] == ["a"]
+    code, _, err = call(capsys, *asked, "retrieval", "--num-beams", "3")
+    assert code == 2 and "retrieval says no texts" in err
 
 
 def test_streamed_text_is_the_text(bundle: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]) -> None:

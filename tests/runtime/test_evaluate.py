@@ -4,6 +4,7 @@ import pytest
 
 from runtime.answers import Answer
 from runtime.dataset import Row
+from runtime.decoding import GREEDY
 from runtime.errors import DataError, InputError
 from runtime.evaluate import evaluate
 
@@ -14,7 +15,7 @@ class NameReader:
     def __init__(self):
         self.batches = []
 
-    def answer(self, requests, *, max_new_tokens=None):
+    def answer(self, requests, *, max_new_tokens=None, decoding=GREEDY):
         self.batches.append([(request.image.stem, request.question) for request in requests])
         return [Answer(str(r.image), r.question, r.image.stem, (1,), {"total": 1.0}) for r in requests]
 
