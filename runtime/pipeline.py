@@ -6,6 +6,7 @@
 Shape letters: B images, C colour channels, H height, W width, Q queries, D language width
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -206,18 +207,25 @@ class Pipeline(Closing):
         Raises:
             InputError: the question does not fit alone, or any other fault of its texts or of `max_new_tokens`.
         """
-        new_tokens, queries = self._new_tokens(max_new_tokens), self.bundle.manifest.model.queries
+        new_tokens, turns = self._new_tokens(max_new_tokens), request.turns
         check_new_tokens(new_tokens, self.bundle.manifest.limits)
-        while True:
-            positions = queries + len(self._prompt_ids(request))  # outside: what is wrong with a text is not its length
+
+        def with_latest(count: int) -> Request:
+            return replace(request, turns=turns[len(turns) - count :])
+
+        def positions(count: int) -> int:
+            return self.bundle.manifest.model.queries + len(self._prompt_ids(with_latest(count)))
+
+        def too_long(count: int) -> bool:
+            needed = positions(count)  # not below: a text that is none is no text that is too long
             try:
-                self._decoder.check_positions(positions, new_tokens)
+                self._decoder.check_positions(needed, new_tokens)
             except InputError:
-                if not request.turns:
-                    raise
-                request = replace(request, turns=request.turns[1:])
-            else:
-                return request
+                return True
+            return False
+
+        self._decoder.check_positions(positions(0), new_tokens)
+        return with_latest(bisect_left(range(1, len(turns) + 1), True, key=too_long))
 
     def close(self) -> None:
         """Free the graphs."""

@@ -91,6 +91,14 @@ def test_oldest_turns_go_whole_and_are_counted(model: Model, prompts: list[str])
     assert [short.ask("colour").dropped_turns for _ in range(3)] == [0, 0, 0], "fewer new tokens leave more room"
 
 
+def test_a_long_history_is_not_read_turn_by_turn(model: Model, prompts: list[str]) -> None:
+    """What fits is found by halving: 2,000 turns cost a dozen prompts, not 2,000."""
+    answer = model.chat(RED, [*(("colour", f"a {number}") for number in range(2000)), "opposite colour"])
+    assert (answer.text, answer.dropped_turns) == ("a blue", 1999)
+    assert prompts[-1] == "question colour answer a 1999. question opposite colour answer"
+    assert len(prompts) < 20
+
+
 def test_a_question_that_does_not_fit_alone_is_refused_and_changes_nothing(model: Model) -> None:
     chat = model.chat(RED)
     chat.ask("colour")
