@@ -8,9 +8,11 @@ from PIL import Image
 
 import qforge
 from runtime.answers import Request
+from runtime.bundle import Bundle, read_bundle
 from runtime.decoding import Decoding
 from runtime.errors import ImageError, InputError
 from runtime.model import Model
+from runtime.pipeline import Pipeline
 from runtime.text import qformer_text
 from tests.runtime.test_shared_vision import count
 
@@ -165,3 +167,14 @@ def test_turns_that_are_none(model: Model, turns, sentence: str) -> None:
 def test_a_caption_has_no_history(model: Model) -> None:
     with pytest.raises(InputError, match="a caption has no history"):
         model.answer([Request(RED, turns=(("colour", "a red"),))])
+
+
+def test_a_qformer_that_reads_prompts_is_given_the_last_one(tiny_bundle: Path) -> None:
+    bundle = read_bundle(tiny_bundle)
+    reads_prompts = bundle.manifest.model.model_copy(update={"qformer_reads": "prompt"})
+    changed = Bundle(bundle.path, bundle.manifest.model_copy(update={"model": reads_prompts}))
+    with Pipeline(changed, cache_bytes=0) as pipeline:
+        behind, alone = Request(RED, "colour", turns=(("opposite", "a"),)), Request(RED, "colour")
+        assert pipeline._question_ids(behind) == pipeline._question_ids(alone)
+        assert [answer.text for answer in pipeline.answer([behind, alone])] == ["a red", "a red"]
+        assert pipeline.vqa(RED, "opposite").text == "a blue"
