@@ -14,7 +14,7 @@ from runtime.errors import BundleError, InputError
 
 
 class HeldWeights(Closing):
-    """The weight files of an open bundle, held open too; about a microsecond a file to check."""
+    """The weight files of an open bundle, held open too; a few microseconds a file to check."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle, self._closed = bundle, False
