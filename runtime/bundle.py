@@ -41,10 +41,11 @@ PREPARED = "prepared"
 """Folder of graphs rewritten and packed for a device's processor after export; not listed either."""
 LATENCY = "latency.json"
 """What the exporting machine measured."""
-REPAIR = "copy or export it again"
 UNLISTED = ("README.md", LATENCY)
 """Words and measurements for people, which no reader of the bundle relies on: not listed, so that two exports of one
 checkpoint have one digest, and that a card may be annotated."""
+REPAIR = "copy or export it again"
+"""What helps when a file of a bundle is not as its manifest says."""
 
 
 @dataclass(frozen=True)

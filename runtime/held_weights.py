@@ -8,7 +8,7 @@ replaces a whole bundle, is no danger: what was mapped lives on under no name.
 import os
 from contextlib import ExitStack
 
-from runtime.bundle import Bundle
+from runtime.bundle import PREPARED, Bundle
 from runtime.closing import Closing
 from runtime.errors import BundleError, InputError
 
@@ -20,9 +20,9 @@ class HeldWeights(Closing):
         self._bundle, self._closed = bundle, False
         self._files: list[tuple[str, int, tuple[int, int]]] = []
         with ExitStack() as opened:
-            for graph in bundle.manifest.graphs.values():
-                path = None if graph.data is None else bundle.path / graph.data.file
-                if path is not None and path.is_file():  # a Triton server has its own copies
+            beside = [bundle.path / graph.data.file for graph in bundle.manifest.graphs.values() if graph.data]
+            for path in (*beside, *sorted((bundle.path / PREPARED).glob("*.data"))):
+                if path.is_file():  # a Triton server has its own copies
                     file = opened.enter_context(path.open("rb"))
                     self._files.append((str(path), file.fileno(), _state(file.fileno())))
             self._opened = opened.pop_all()
