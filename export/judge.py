@@ -19,11 +19,11 @@ from export.facts import precision_of
 from export.graphs import Arrays, Graph
 from runtime.backends import Device, Engine
 from runtime.bundle import Bundle
+from runtime.checks import relative_error
 from runtime.closing import Closing
 from runtime.manifest import TensorSpec
 from runtime.precision import FLOATING, LanguagePrecision, Precision
 from runtime.reference import GraphCase
-from runtime.replay import relative_error
 
 LARGEST_PENDING_BYTES = 1 << 30
 """Of runs that wait for their graph's turn."""

@@ -23,13 +23,13 @@ from export.judge import JUDGING, Judge, Parity, settle
 from export.verify import require_parity
 from runtime.answers import Request
 from runtime.bundle import Bundle
+from runtime.checks import relative_error
 from runtime.dataset import read_manifest
 from runtime.errors import CheckFailed, DataError
 from runtime.image_encoder import pad_questions
 from runtime.preprocess import preprocess, preprocess_batch
 from runtime.progress import Progress
 from runtime.reference import GraphCase, RetrievalCase
-from runtime.replay import relative_error
 from runtime.retrieval import GRAPHS, RETRIEVAL_TOKENIZER, Floats, Retrieval, RetrievalGraphs, caption_words
 from runtime.tokenizer import TextTokenizer, cut
 from trainer.blip2 import Blip2, text_batch

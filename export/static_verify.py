@@ -23,12 +23,12 @@ from export.trace import DATA_SUFFIX, trace
 from runtime.backends import Engine
 from runtime.backends.ort import OrtEngine
 from runtime.bundle import Bundle
+from runtime.checks import relative_error
 from runtime.closing import Closing
 from runtime.errors import InputError, QforgeError
 from runtime.manifest import Limits
 from runtime.precision import LanguagePrecision
 from runtime.reference import GraphCase
-from runtime.replay import relative_error
 from runtime.speaker import LANGUAGE_GRAPHS, STATIC
 from trainer.blip2 import Blip2
 

@@ -15,6 +15,7 @@ from runtime.backends import available_backends
 from runtime.backends.cores import physical_cores
 from runtime.backends.ort import providers_here
 from runtime.backends.providers import PROVIDERS
+from runtime.backends.trt.choice import installed_engines, lacks
 from runtime.engine_manifest import EngineName
 from runtime.gpu import compute_capability_here
 
@@ -53,6 +54,11 @@ def doctor() -> Outcome:
         + "".join(f"; {name}: pip install {PROVIDERS[name][1]}" for name in PROVIDERS if name not in providers),
         *(f"{package} {version}" for package, version in installed.items()),
     ]
+    missing_trt = lacks()
+    runs = ", ".join(f"{engine} {version}" for engine, version in installed_engines().items())
+    lines.append(
+        "answer with engines on a GPU (--backend trt): " + (f"needs {missing_trt}" if missing_trt else f"yes, {runs}")
+    )
     lines += _builder_lines(builders, gpu)
     for what, (extra, packages) in NEEDS.items():
         missing = [package for package in packages if package not in installed]
@@ -62,6 +68,7 @@ def doctor() -> Outcome:
         "machine": machine,
         "installed": installed,
         "backends": available_backends(),
+        "trt_needs": missing_trt,
         "providers": providers,
         "can": can,
         "builders": {

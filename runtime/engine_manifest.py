@@ -132,6 +132,16 @@ class BuiltEngine:
             )
         return self.path / self.manifest.graphs[graph].plan.file
 
+    def checked_plan(self, graph: str) -> Path:
+        """Absolute path of a graph's plan, after its bytes were hashed; BundleError when they were changed."""
+        file, expected = self.plan(graph), self.manifest.graphs[graph].plan.sha256
+        if (found := sha256_of(file)) != expected:
+            raise BundleError(
+                f"{file}: the plan was changed: expected SHA-256 {expected}, found {found}; build it again: "
+                f"qforge build"
+            )
+        return file
+
 
 def engine_folders(bundle: Bundle) -> list[Path]:
     """Folders under the bundle's `engines/`, by name; those of a build under way or killed are not among them."""

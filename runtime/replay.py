@@ -6,14 +6,16 @@ Replays the inputs recorded in a bundle and compares, without torch:
 """
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from runtime.backends import CPU, Device
+from runtime.backends import CPU, Device, Opener
 from runtime.bundle import Bundle
+from runtime.checks import Check, relative_error
+from runtime.first_use import compare
 from runtime.image_encoder import Floats, open_encoder
 from runtime.query_cache import QueryCache
 from runtime.reference import REFERENCE, ChainCase, GraphCase, RetrievalCase, read_reference
@@ -22,31 +24,15 @@ from runtime.speaker import open_decoder
 from runtime.stopwatch import Stopwatch
 
 
-@dataclass(frozen=True)
-class Check:
-    """One output compared with eager's."""
-
-    graph: str
-    """Graph and case, as `language/step`; `chain` for whole answers, `retrieval` for whole scores."""
-    output: str
-    max_error: float
-    """Largest error over largest value; for greedy tokens the fraction of rows that differ. Infinite for NaN."""
-    tolerance: float
-    """As recorded by the exporter, in the same unit."""
-
-    @property
-    def ok(self) -> bool:
-        """Whether the error is within its tolerance."""
-        return self.max_error <= self.tolerance
-
-
-def replay(bundle: Bundle, device: Device = CPU) -> list[Check]:
+def replay(bundle: Bundle, device: Opener = CPU) -> list[Check]:
     """Run every recorded case and the whole chain on `device`; the caller judges the checks.
 
     Raises:
         BundleError: the bundle has no usable recording.
         BackendUnavailable: the package of the backend or provider is not installed.
     """
+    if isinstance(device, Device):
+        device = replace(device, checked=False)  # who replays wants to see what a first use would refuse
     reference = read_reference(bundle.file(REFERENCE))
     checks = [check for case in reference.cases for check in _replay_graph(bundle, device, case)]
     if reference.chain is not None:
@@ -56,24 +42,12 @@ def replay(bundle: Bundle, device: Device = CPU) -> list[Check]:
     return checks
 
 
-def relative_error(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
-    """Largest absolute error over the largest expected magnitude; infinite for NaN or another shape."""
-    if found.shape != expected.shape or not np.isfinite(found).all():
-        return float("inf")
-    scale = float(np.abs(expected).max(initial=0.0)) or 1.0
-    return float(np.abs(found - expected).max(initial=0.0)) / scale
-
-
-def _replay_graph(bundle: Bundle, device: Device, case: GraphCase) -> list[Check]:
+def _replay_graph(bundle: Bundle, device: Opener, case: GraphCase) -> list[Check]:
     with device.open(bundle, case.graph) as engine:
-        outputs = engine.run(case.inputs)
-    return [
-        Check(f"{case.graph}/{case.case}", name, relative_error(outputs[name], expected), case.tolerances[name])
-        for name, expected in case.outputs.items()
-    ]
+        return compare(engine, [case], bundle.manifest.limits.max_batch)
 
 
-def _replay_chain(bundle: Bundle, device: Device, chain: ChainCase) -> Check:
+def _replay_chain(bundle: Bundle, device: Opener, chain: ChainCase) -> Check:
     """The graphs of the image side first, then those of the language model: both at once may exceed the memory."""
     manifest, prefixes, found = bundle.manifest, list[Floats](), list[tuple[int, ...]]()
     step = manifest.limits.max_batch
@@ -90,7 +64,7 @@ def _replay_chain(bundle: Bundle, device: Device, chain: ChainCase) -> Check:
     return Check("chain", "token_ids", wrong / len(found), chain.tolerance)
 
 
-def _replay_retrieval(bundle: Bundle, device: Device, case: RetrievalCase) -> list[Check]:
+def _replay_retrieval(bundle: Bundle, device: Opener, case: RetrievalCase) -> list[Check]:
     with Retrieval(bundle, device=device) as retrieval:
         itc, logits = list[npt.NDArray[Any]](), list[npt.NDArray[Any]]()
         for start in range(0, len(case.texts), retrieval.max_batch):

@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy.typing as npt
 
@@ -17,11 +17,14 @@ from runtime.bundle import Bundle
 from runtime.errors import BackendUnavailable, InputError
 from runtime.provider import Provider
 
+if TYPE_CHECKING:
+    from runtime.first_use import Place
+
 Arrays = dict[str, npt.NDArray[Any]]
 """Named arrays, as an engine returns them."""
 
-BACKEND_PACKAGES = {"ort": "onnxruntime"}
-"""Backend → the package it needs."""
+BACKENDS = ("ort", "trt")
+"""ONNX Runtime on one of its providers; plans of TensorRT or TensorRT-RTX on an NVIDIA GPU."""
 
 
 STEPPED = frozenset({"language", "decoder"})
@@ -54,6 +57,48 @@ class Engine(Protocol):
     ) -> None: ...
 
 
+class View(Protocol):
+    """The first elements of a buffer as a contiguous array; valid as long as the buffer."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of its axes."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """numpy's name of the element type; "bfloat16", which numpy has not, is read and written as float32."""
+        ...
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """A copy in host memory that belongs to the caller."""
+        ...
+
+    def assign(self, array: npt.NDArray[Any]) -> None:
+        """Write an array of the same shape and type there; InputError for another."""
+        ...
+
+
+class Buffer(Protocol):
+    """Memory where an engine computes; it lives as long as the engine."""
+
+    def view(self, shape: tuple[int, ...]) -> View:
+        """Its first elements as an array of this shape; InputError when it has not so many."""
+        ...
+
+
+class BoundEngine(Engine, Protocol):
+    """An engine that also reads and writes memory of its own, so that nothing is copied between two runs."""
+
+    def buffer(self, elements: int, dtype: str) -> Buffer:
+        """Memory for so many elements, where the engine computes."""
+        ...
+
+    def run(self, feeds: Mapping[str, "npt.NDArray[Any] | View"], into: Mapping[str, View] | None = None) -> Arrays:
+        """All outputs for all inputs; those named in `into` are written there and not returned."""
+        ...
+
+
 class Opener(Protocol):
     """Where graphs run: a `Device` here, or another server (Triton) that holds them."""
 
@@ -74,32 +119,38 @@ class Device:
     """CPU threads per graph; None takes the physical cores this process may use."""
     mapped: bool = False
     """On the CPU: weights stay in their file and are read as they are used; slower, and a graph may exceed memory."""
+    checked: bool = True
+    """Off the CPU: a graph is asked what the bundle recorded before its first answer here; see `runtime.first_use`."""
 
     def open(self, bundle: Bundle, graph_name: str) -> Engine:
         """Open one graph of a bundle.
 
         Raises:
-            InputError: no such backend or provider, or fewer than one thread.
-            BackendUnavailable: the package of the backend or provider is not installed, the provider cannot start, or
-                it cannot compute in the graph's type.
-            BundleError: the bundle has no such graph, or the provider cannot run it whole.
+            InputError: no such backend or provider, fewer than one thread, or a setting that the backend has not.
+            BackendUnavailable: the package of the backend or provider is not installed, the provider cannot start, it
+                cannot compute in the graph's type, or there is no GPU for backend 'trt'.
+            BundleError: the bundle has no such graph or no plan of it for this GPU, or the provider cannot run it
+                whole.
+            CheckFailed: on its first use here it did not give what the bundle recorded.
         """
-        if self.backend not in BACKEND_PACKAGES:
-            raise InputError(f"backend: expected one of {', '.join(BACKEND_PACKAGES)}, found {self.backend!r}")
+        if self.backend not in BACKENDS:
+            raise InputError(f"backend: expected one of {', '.join(BACKENDS)}, found {self.backend!r}")
         if self.threads is not None and self.threads < 1:
             raise InputError(f"threads: expected at least 1, found {self.threads}")
+        if self.backend == "trt":
+            return self._open_plan(bundle, graph_name)
         model, manifest = bundle.graph(graph_name), bundle.manifest
         if self.provider == "cpu" and not manifest.graphs[graph_name].on_cpu:
             raise BackendUnavailable(
                 f"{bundle.path}: graph '{graph_name}' computes in BF16, which backend '{self.backend}' cannot do on a "
                 f"CPU; build an engine for a GPU (qforge build {bundle.path}), or export with --precision fp16 or fp32"
             )
-        from runtime.backends.ort import OrtEngine  # its door: onnxruntime loads only when it is used
+        from runtime.backends.ort import OrtEngine, place_of  # its door: onnxruntime loads only when it is used
         from runtime.prepared import prepared_graph
 
-        on_cpu = self.provider == "cpu" and not self.mapped
-        prepared = prepared_graph(bundle, graph_name) if on_cpu else None
-        return OrtEngine(
+        on_cpu = self.provider == "cpu"
+        prepared = prepared_graph(bundle, graph_name) if on_cpu and not self.mapped else None
+        engine = OrtEngine(
             prepared or model,
             self.provider,
             self.threads,
@@ -108,6 +159,33 @@ class Device:
             spins=graph_name in STEPPED,
             prepared=prepared is not None,
         )
+        if not on_cpu:  # what every bundle was verified on
+            self._check(engine, bundle, graph_name, place_of(manifest.graphs[graph_name].sha256, self.provider))
+        return engine
+
+    def _open_plan(self, bundle: Bundle, graph_name: str) -> Engine:
+        """The plan of one graph on the GPU here."""
+        for option, given in (("provider", self.provider != "cpu"), ("threads", self.threads), ("mapped", self.mapped)):
+            if given:
+                raise InputError(f"{option}: backend 'trt' has none, it runs plans on the GPU; leave it out")
+        bundle.graph(graph_name)  # said first: the bundle has no such graph
+        from runtime.backends.trt.choice import open_plan  # its door, as above
+
+        engine, place = open_plan(bundle, graph_name)
+        self._check(engine, bundle, graph_name, place)
+        return engine
+
+    def _check(self, engine: Engine, bundle: Bundle, graph_name: str, place: "Place") -> None:
+        """On the first use of an engine on a device; one that fails is closed."""
+        if not self.checked:
+            return
+        from runtime.first_use import check_first_use
+
+        try:
+            check_first_use(engine, bundle, graph_name, place)
+        except BaseException:
+            engine.close()
+            raise
 
 
 CPU = Device()
@@ -115,5 +193,8 @@ CPU = Device()
 
 
 def available_backends() -> tuple[str, ...]:
-    """Backends whose package is installed here."""
-    return tuple(name for name, package in BACKEND_PACKAGES.items() if importlib.util.find_spec(package) is not None)
+    """Backends that this machine can run: their packages are installed, and a GPU is there for those that need one."""
+    from runtime.backends.trt.choice import lacks
+
+    here = {"ort": importlib.util.find_spec("onnxruntime") is not None, "trt": lacks() is None}
+    return tuple(name for name in BACKENDS if here[name])

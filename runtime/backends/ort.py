@@ -11,6 +11,8 @@ from runtime.backends.memory import raise_for_memory
 from runtime.backends.providers import available_providers, execution_provider, require_taken
 from runtime.closing import Closing
 from runtime.errors import BackendUnavailable, BundleError, require
+from runtime.first_use import Place
+from runtime.machine import describe
 from runtime.provider import Provider
 
 SPIN_US = "100"
@@ -102,6 +104,13 @@ class OrtEngine(Closing):
     def close(self) -> None:
         """Free the session; the engine cannot run afterwards."""
         self._session = None
+
+
+def place_of(model: str, provider: Provider) -> Place:
+    """Where a graph of this SHA-256 runs, for `runtime.first_use`."""
+    here = describe()
+    device = f"{here['cpu']}, GPU {here['gpu']}, provider {provider}"
+    return Place(model, device, f"onnxruntime {_onnxruntime().__version__}")
 
 
 def providers_here() -> tuple[Provider, ...]:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from runtime.bundle import Bundle, read_bundle
+from runtime.checks import relative_error
 from runtime.errors import BundleError
 from runtime.reference import REFERENCE, ChainCase, GraphCase, read_reference, write_reference
-from runtime.replay import relative_error, replay
+from runtime.replay import replay
 
 
 @pytest.fixture
