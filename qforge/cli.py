@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qforge.console import INTERRUPTED, Outcome, verb
+from qforge.devices import device_for
 from qforge.gone import explained
 from qforge.options import (
     Backend,
@@ -41,7 +42,6 @@ from qforge.options import (
 )
 
 if TYPE_CHECKING:
-    from runtime.backends import Device
     from runtime.decoding import Decoding
 
 
@@ -168,8 +168,8 @@ from qforge import cli_export  # noqa: E402, F401 - its verbs register themselve
 @verb(app, "verify", "qforge verify runs/demo/bundle-int8")
 def verify(
     bundle: BundleFolder,
-    backend: Backend = "ort",
-    provider: ProviderName = "cpu",
+    backend: Backend = None,
+    provider: ProviderName = None,
     polygraphy: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Also write the recorded inputs and outputs there, as Polygraphy reads them."),
@@ -181,7 +181,7 @@ def verify(
     """
     from qforge import verbs_bundle
 
-    return verbs_bundle.verify(bundle, _device(backend, provider, None), polygraphy)
+    return verbs_bundle.verify(bundle, device_for(bundle, backend, provider, None), polygraphy)
 
 
 @verb(app, "inspect", "qforge inspect runs/demo/bundle-int8")
@@ -213,8 +213,8 @@ def caption(
     image_size: ImageSize = None,
     cache_dir: CacheDir = None,
     stream: Stream = False,
-    backend: Backend = "ort",
-    provider: ProviderName = "cpu",
+    backend: Backend = None,
+    provider: ProviderName = None,
     threads: Threads = None,
     *,
     decoding: "Decoding",
@@ -223,7 +223,7 @@ def caption(
     from qforge import verbs_answer
 
     how = verbs_answer.How(prompt, max_new_tokens, image_size, decoding, stream, cache_dir)
-    return verbs_answer.caption(bundle, images, how, _device(backend, provider, threads))
+    return verbs_answer.caption(bundle, images, how, device_for(bundle, backend, provider, threads))
 
 
 @verb(app, "vqa", 'qforge vqa runs/demo/bundle-int8 picture.png "what colour is the circle?" --stream')
@@ -237,8 +237,8 @@ def vqa(
     image_size: ImageSize = None,
     cache_dir: CacheDir = None,
     stream: Stream = False,
-    backend: Backend = "ort",
-    provider: ProviderName = "cpu",
+    backend: Backend = None,
+    provider: ProviderName = None,
     threads: Threads = None,
     *,
     decoding: "Decoding",
@@ -247,7 +247,7 @@ def vqa(
     from qforge import verbs_answer
 
     how = verbs_answer.How(prompt, max_new_tokens, image_size, decoding, stream, cache_dir)
-    return verbs_answer.vqa(bundle, image, questions, how, _device(backend, provider, threads))
+    return verbs_answer.vqa(bundle, image, questions, how, device_for(bundle, backend, provider, threads))
 
 
 from qforge import cli_cache, cli_chat  # noqa: E402, F401 - as above
@@ -269,8 +269,8 @@ def index(
         typer.Option("--small", help="Keep no embeddings: a far smaller index, but a search reads its images again."),
     ] = False,
     dtype: Annotated[Dtype, typer.Option(help="Of the stored features.")] = "float16",
-    backend: Backend = "ort",
-    provider: ProviderName = "cpu",
+    backend: Backend = None,
+    provider: ProviderName = None,
     threads: Threads = None,
 ) -> Outcome:
     """Make images, or texts, ready to be searched.
@@ -279,7 +279,9 @@ def index(
     """
     from qforge import verbs_retrieval
 
-    return verbs_retrieval.index(bundle, sources, out, texts, small, dtype, _device(backend, provider, threads))
+    return verbs_retrieval.index(
+        bundle, sources, out, texts, small, dtype, device_for(bundle, backend, provider, threads)
+    )
 
 
 @verb(app, "search", 'qforge search photos.index "a red circle left of a blue square" --top 3 --picture hits.png')
@@ -297,8 +299,8 @@ def search(
     bundle: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the bundle is now, if it was moved after indexing.")
     ] = None,
-    backend: Backend = "ort",
-    provider: ProviderName = "cpu",
+    backend: Backend = None,
+    provider: ProviderName = None,
     threads: Threads = None,
 ) -> Outcome:
     """Find images by text, or texts by image.
@@ -307,7 +309,7 @@ def search(
     """
     from qforge import verbs_retrieval
 
-    device = _device(backend, provider, threads)
+    device = device_for(bundle, backend, provider, threads)
     return verbs_retrieval.search(folder, texts or [], images or [], top, candidates, picture, bundle, device)
 
 
@@ -321,8 +323,8 @@ def evaluate(
     candidates: Candidates = 128,
     image_size: ImageSize = None,
     cache_dir: CacheDir = None,
-    backend: Backend = "ort",
-    provider: ProviderName = "cpu",
+    backend: Backend = None,
+    provider: ProviderName = None,
     threads: Threads = None,
     *,
     decoding: "Decoding",
@@ -333,11 +335,14 @@ def evaluate(
     """
     from qforge import verbs_bundle, verbs_retrieval
 
-    device = _device(backend, provider, threads)
+    device = device_for(path, backend, provider, threads)
     if task == "retrieval":
         verbs_retrieval.require_plain(image_size, cache_dir, decoding)
         return verbs_retrieval.evaluate(path, manifest, candidates, device)
     return verbs_bundle.evaluate(path, manifest, task, batch_size, image_size, device, cache_dir, decoding)
+
+
+from qforge import cli_tune  # noqa: E402, F401 - as above
 
 
 @verb(
@@ -367,13 +372,6 @@ def bench(
     from qforge import verbs_bundle
 
     return verbs_bundle.bench(bundles, against, out, root, provider, overrides or [])
-
-
-def _device(backend: str, provider: Provider, threads: int | None) -> "Device":
-    """One value from here on: what the flags say about where graphs run."""
-    from runtime.backends import Device
-
-    return Device(backend, provider, threads)
 
 
 def main() -> None:

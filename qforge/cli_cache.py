@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from qforge.console import Outcome, verb
+from qforge.devices import device_for
 from qforge.options import Backend, BundleFolder, ImageSize, ProviderName, Threads, app
 
 cache = typer.Typer(
@@ -35,8 +36,8 @@ def warm(
         ),
     ] = None,
     image_size: ImageSize = None,
-    backend: Backend = "ort",
-    provider: ProviderName = "cpu",
+    backend: Backend = None,
+    provider: ProviderName = None,
     threads: Threads = None,
 ) -> Outcome:
     """Look at images before anyone asks about them.
@@ -45,9 +46,9 @@ def warm(
     encoder. Images that cannot be read are left out and named.
     """
     from qforge import verbs_cache
-    from runtime.backends import Device
 
-    return verbs_cache.warm(bundle, sources, cache_dir, max_mib, image_size, Device(backend, provider, threads))
+    device = device_for(bundle, backend, provider, threads)
+    return verbs_cache.warm(bundle, sources, cache_dir, max_mib, image_size, device)
 
 
 @verb(cache, "info", "qforge cache info --cache-dir seen")

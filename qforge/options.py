@@ -42,11 +42,14 @@ Init = Annotated[
     Path | None,
     typer.Option(metavar="CKPT", help="Checkpoint to begin from, with its model; the stages behind it are left out."),
 ]
-Backend = Annotated[str, typer.Option(help="Engine that runs the graphs; `qforge doctor` lists what is here.")]
-ProviderName = Annotated[
-    Provider, typer.Option("--provider", help="What computes under backend ort; never another one silently.")
+Backend = Annotated[
+    str | None, typer.Option(help="ort, or trt for plans on a GPU; without it, what qforge tune found, or ort.")
 ]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; without it, one per physical core.")]
+ProviderName = Annotated[
+    Provider | None,
+    typer.Option("--provider", help="What computes under backend ort (cpu); never another one silently."),
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; without it, one per physical core, or as tuned.")]
 Prompt = Annotated[str | None, typer.Option(help="Replaces the bundle's prompt; {} is the question.")]
 Candidates = Annotated[
     int, typer.Option(help="Best of the contrastive ranking that matching looks at again; 0: none, which is fastest.")

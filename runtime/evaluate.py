@@ -56,18 +56,14 @@ def evaluate(
     """
     if batch_size < 1:
         raise InputError(f"batch_size: expected at least 1, found {batch_size}")
-    fits = _has_captions if task == "caption" else _has_answers
-    items = [row for row in rows if fits(row)]
-    if not items:
-        wanted = "captions" if task == "caption" else "questions and answers"
-        raise DataError(f"expected rows with {wanted}, found none among {len(rows)}; choose the other task or file")
+    items = rows_for(rows, task)
     answers: list[Answer] = []
     for start in range(0, len(items), batch_size):
         batch = items[start : start + batch_size]
         answers += answerer.answer([_request(row, task, image_size) for row in batch], decoding=decoding)
         if progress is not None:
             progress(len(answers), len(items))
-    own: Mapping[str, Scorer] = {"exact_match": _exact_match} if task == "caption" else {"accuracy": _accuracy}
+    own: Mapping[str, Scorer] = {METRICS[task]: SCORERS[task]}
     metrics = {
         name: sum(score(answer.text, row) for answer, row in zip(answers, items, strict=True)) / len(items)
         for name, score in {**own, **scorers}.items()
@@ -77,6 +73,22 @@ def evaluate(
     )
     settings |= {} if decoding == GREEDY else {"decoding": asdict(decoding)}
     return Evaluation(metrics, len(items), settings, tuple(answers))
+
+
+def rows_for(rows: Sequence[Row], task: Literal["caption", "vqa"]) -> list[Row]:
+    """The rows that have captions, or answered questions; DataError when there are none."""
+    fits = _has_captions if task == "caption" else _has_answers
+    items = [row for row in rows if fits(row)]
+    if not items:
+        wanted = "captions" if task == "caption" else "questions and answers"
+        raise DataError(f"expected rows with {wanted}, found none among {len(rows)}; choose the other task or file")
+    return items
+
+
+def score_of(answerer: Answerer, row: Row, task: Literal["caption", "vqa"]) -> float:
+    """One row answered alone; its score from 0 to 1."""
+    (answer,) = answerer.answer([_request(row, task, None)])
+    return SCORERS[task](answer.text, row)
 
 
 def _request(row: Row, task: Literal["caption", "vqa"], image_size: int | None) -> Request:
@@ -97,3 +109,9 @@ def _exact_match(text: str, row: Row) -> float:
 
 def _accuracy(text: str, row: Row) -> float:
     return vqa_score(text, row.answers)
+
+
+METRICS: Mapping[str, str] = {"caption": "exact_match", "vqa": "accuracy"}
+"""Task → name of its own metric."""
+SCORERS: Mapping[str, Scorer] = {"caption": _exact_match, "vqa": _accuracy}
+"""Task → what that is."""
