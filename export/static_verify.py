@@ -11,25 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
 
 from export.config import Tolerance
-from export.graphs import Arrays, Graph
+from export.graphs import Graph
 from export.judge import Parity, cosine
 from export.static_cache import require_static, static_graph
 from export.trace import DATA_SUFFIX, trace
-from runtime.backends import Engine
 from runtime.backends.ort import OrtEngine
 from runtime.bundle import Bundle
 from runtime.checks import relative_error
-from runtime.closing import Closing
 from runtime.errors import InputError, QforgeError
 from runtime.manifest import Limits
 from runtime.precision import LanguagePrecision
 from runtime.reference import GraphCase
 from runtime.speaker import LANGUAGE_GRAPHS, STATIC
+from runtime.static_cache import PortableFace
 from trainer.blip2 import Blip2
 
 
@@ -98,51 +96,6 @@ def widened(file: Path, out: Path) -> Path:
             value.type.tensor_type.elem_type = wide
     onnx.save(model, str(out), save_as_external_data=True, location=out.name + DATA_SUFFIX)
     return out
-
-
-class PortableFace(Closing):
-    """A static decoder behind the inputs and outputs of the portable one: caches that grow."""
-
-    def __init__(self, engine: Engine, held_in: np.dtype[Any]) -> None:
-        """`held_in` is the type of the engine's caches."""
-        self._engine, self._held_in = engine, held_in
-        self._caches = {name: shape for name, shape in engine.inputs().items() if name.startswith("past_")}
-
-    def inputs(self) -> dict[str, tuple[int | str, ...]]:
-        """Those of the portable graph."""
-        own = {name: shape for name, shape in self._engine.inputs().items() if not name.startswith("write_")}
-        return own | {name: (*shape[:2], "past", shape[3]) for name, shape in self._caches.items()}
-
-    def outputs(self) -> dict[str, tuple[int | str, ...]]:
-        """Those of the portable graph."""
-        return self._engine.outputs()
-
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        """One run from the cached positions that `feeds` holds."""
-        batch, new, _ = feeds["inputs_embeds"].shape
-        past = feeds["past_key_0"].shape[2]
-        static: Arrays = {"inputs_embeds": feeds["inputs_embeds"]}
-        for name, (_, heads, positions, width) in self._caches.items():
-            cache_BhLd = np.zeros((batch, int(heads), int(positions), int(width)), self._held_in)
-            cache_BhLd[:, :, :past] = feeds[name]
-            static[name] = cache_BhLd
-        static |= {name: array.astype(self._held_in) for name, array in feeds.items() if name.startswith("cross_")}
-        mask = feeds["attention_mask"]
-        if "write_indices" in self._engine.inputs():
-            positions = int(next(iter(self._caches.values()))[2])
-            mask = np.pad(mask, ((0, 0), (0, positions - mask.shape[1])))
-            static["write_indices"] = np.full(batch, past, np.int64)
-        else:
-            static["write_index"] = np.array([past], np.int64)
-        outputs = self._engine.run(static | {"attention_mask": mask})
-        return {
-            name: array if name == "logits" else array[:, :, : past + new].astype(np.float32)
-            for name, array in outputs.items()
-        }
-
-    def close(self) -> None:
-        """Close the engine."""
-        self._engine.close()
 
 
 def _causes(error: BaseException) -> list[BaseException]:

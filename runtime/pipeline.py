@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.answers import Alternative, Answer, Request
-from runtime.backends import CPU, Engine, Opener
+from runtime.backends import CPU, Engine, Opener, updates_in_place
 from runtime.bundle import Bundle
 from runtime.closing import Closing
 from runtime.decoding import GREEDY, Decoding
@@ -70,7 +70,7 @@ class Pipeline(Closing):
                 return opened.enter_context(device.open(bundle, name))
 
             self._encoder = open_encoder(manifest, engine, self.cache)
-            self._decoder = open_decoder(manifest, engine)
+            self._decoder = open_decoder(manifest, engine, in_place=updates_in_place(device))
             self._weights = opened.enter_context(HeldWeights(bundle))
             self._engines = opened.pop_all()
 

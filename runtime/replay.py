@@ -5,6 +5,7 @@ Replays the inputs recorded in a bundle and compares, without torch:
     qforge verify runs/demo/bundle-fp32
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime.backends import CPU, Device, Opener
+from runtime.backends import CPU, Device, Engine, Opener, updates_in_place
 from runtime.bundle import Bundle
 from runtime.checks import Check, relative_error
 from runtime.first_use import compare
@@ -53,15 +54,19 @@ def _replay_chain(bundle: Bundle, device: Opener, chain: ChainCase) -> Check:
     step = manifest.limits.max_batch
     batches = [slice(start, start + step) for start in range(0, len(chain.prompts), step)]
     with ExitStack() as opened:
-        encoder = open_encoder(manifest, lambda name: opened.enter_context(device.open(bundle, name)), QueryCache(0))
+        encoder = open_encoder(manifest, _opener(bundle, device, opened), QueryCache(0))
         for rows in batches:
             prefixes.append(encoder.encode(chain.pixels_BCHW[rows], chain.questions[rows], Stopwatch()))
     with ExitStack() as opened:
-        decoder = open_decoder(manifest, lambda name: opened.enter_context(device.open(bundle, name)))
+        decoder = open_decoder(manifest, _opener(bundle, device, opened), in_place=updates_in_place(device))
         for rows, prefix_BQD in zip(batches, prefixes, strict=True):
             found += decoder.generate(prefix_BQD, chain.prompts[rows], chain.max_new_tokens, Stopwatch())
     wrong = sum(ids != expected for ids, expected in zip(found, chain.token_ids, strict=True))
     return Check("chain", "token_ids", wrong / len(found), chain.tolerance)
+
+
+def _opener(bundle: Bundle, device: Opener, opened: ExitStack) -> Callable[[str], Engine]:
+    return lambda name: opened.enter_context(device.open(bundle, name))
 
 
 def _replay_retrieval(bundle: Bundle, device: Opener, case: RetrievalCase) -> list[Check]:

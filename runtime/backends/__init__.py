@@ -188,6 +188,11 @@ class Device:
             raise
 
 
+def updates_in_place(device: Opener) -> bool:
+    """Whether its engines have memory of their own (`BoundEngine`) and update a cache where it lies."""
+    return isinstance(device, Device) and device.backend == "trt"
+
+
 CPU = Device()
 """ONNX Runtime on all cores: what every bundle is verified on."""
 

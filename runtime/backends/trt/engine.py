@@ -4,6 +4,7 @@ Views stay where they are. Inputs and outputs have one block of memory each, whi
 runs of the same shapes have the same addresses and become CUDA graphs.
 """
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,7 @@ class TrtEngine(Closing):
         self._dtypes = {n: spec.dtype for n, spec in (stated.inputs | stated.outputs).items()}
         self._blocks = {n: Block(session.cuda) for n in self._dtypes if n not in plan.aliases}
         self._staging = {n: Block(session.cuda, on_host=True) for n in self._dtypes}
+        self._buffers: weakref.WeakSet[DeviceBuffer] = weakref.WeakSet()
         self._contexts: dict[int, Context] = {}
         """Profile → the context of plain runs."""
         self._graphs = Graphs(session, name)
@@ -65,9 +67,15 @@ class TrtEngine(Closing):
         """Name → shape of every output; a varying size is a name."""
         return {name: spec.shape for name, spec in self._stated.outputs.items()}
 
+    def aliases(self) -> Mapping[str, str]:
+        """Output → the input whose memory it must lie in; see `runtime.static_cache`."""
+        return self._plan.aliases
+
     def buffer(self, elements: int, dtype: str) -> DeviceBuffer:
         """Device memory for so many elements."""
-        return DeviceBuffer(self._session, elements, dtype)
+        buffer = DeviceBuffer(self._session, elements, dtype)
+        self._buffers.add(buffer)
+        return buffer
 
     def run(self, feeds: Mapping[str, "npt.NDArray[Any] | View"], into: Mapping[str, View] | None = None) -> Arrays:
         """All outputs for all inputs; those named in `into` are written there and not returned.
@@ -105,7 +113,7 @@ class TrtEngine(Closing):
             return arrays
 
     def close(self) -> None:
-        """Free plan and memory; the engine cannot run afterwards. Views of its buffers stay."""
+        """Free plan and memory, its buffers too; the engine cannot run afterwards."""
         if not self._open:
             return
         self._open = False
@@ -115,6 +123,9 @@ class TrtEngine(Closing):
             self._contexts.clear()
             for block in (*self._blocks.values(), *self._staging.values()):
                 block.close()
+            for buffer in list(self._buffers):
+                buffer.close()
+            self._session.free_dropped()
             self._session.scratch.leave(self._plan.scratch_bytes)
             self._plan.close()
 

@@ -85,11 +85,25 @@ class Scratch:
 
 
 class DeviceBuffer:
-    """Memory that a caller holds; satisfies `runtime.backends.Buffer`. Given back when nobody holds it any more."""
+    """Memory that a caller holds; satisfies `runtime.backends.Buffer`.
+
+    Given back when nobody holds it any more, or its engine is closed.
+    """
 
     def __init__(self, session: "Session", elements: int, dtype: str) -> None:
         self.session, self.elements, self.dtype = session, elements, dtype
-        self.address = session.take(max(bytes_of((elements,), dtype), LEAST), owner=self)
+        self._address, self._end = session.take(max(bytes_of((elements,), dtype), LEAST), owner=self)
+
+    @property
+    def address(self) -> int:
+        """On the device; InputError once its engine is closed."""
+        if not self._end.alive:
+            raise InputError("a buffer of an engine that was closed: open the engine again and ask it for another")
+        return self._address
+
+    def close(self) -> None:
+        """Give the memory back at the session's next turn."""
+        self._end()
 
     def view(self, shape: tuple[int, ...]) -> "DeviceView":
         """Its first elements as an array of this shape; InputError when it has not so many."""

@@ -38,16 +38,19 @@ class Session:
         """Nothing else runs on this GPU inside; the GPU is this thread's device."""
         with self._turn:
             self.cuda.use()
-            while self._dropped:
-                self.cuda.free(self._dropped.popleft())
+            self.free_dropped()
             yield
 
-    def take(self, size: int, owner: DeviceBuffer) -> int:
-        """Device memory (bytes) that is given back after `owner` is gone."""
+    def free_dropped(self) -> None:
+        """Give back the memory of buffers that nobody holds any more; within a turn."""
+        while self._dropped:
+            self.cuda.free(self._dropped.popleft())
+
+    def take(self, size: int, owner: DeviceBuffer) -> tuple[int, "weakref.finalize[..., DeviceBuffer]"]:
+        """Device memory (bytes), and what gives it back; that happens by itself when `owner` is gone."""
         with self.turn():
             address = self.cuda.allocate(size)
-        weakref.finalize(owner, self._dropped.append, address)
-        return address
+        return address, weakref.finalize(owner, self._dropped.append, address)
 
     def read(self, address: int, size: int) -> npt.NDArray[np.uint8]:
         """A copy of device memory."""

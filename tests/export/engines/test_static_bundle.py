@@ -9,9 +9,18 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from export.engines.builder import Builder
 from qforge import cli
+from runtime.answers import Request
+from runtime.backends import Device
+from runtime.backends.trt import choice
+from runtime.backends.trt.engine import TrtEngine
+from runtime.backends.trt.session import Session
 from runtime.bundle import ENGINES, Bundle, read_bundle
+from runtime.dataset import read_manifest
 from runtime.engine_manifest import BuiltEngine, read_engine
+from runtime.first_use import Place
+from runtime.pipeline import Pipeline
 from tests.families import write_family
+from tests.runtime.trt.fakes import FakeCuda, plan_of
 from trainer.blip2 import Blip2, new_blip2
 from trainer.checkpoint import write_checkpoint
 
@@ -114,3 +123,36 @@ def test_inspect_lists_them(engine: BuiltEngine, bundle: Bundle, capsys: pytest.
     said = capsys.readouterr().out
     assert f"engine {engine.path.name}: tensorrt-rtx" in said
     assert "language_static: " in said
+
+
+def test_the_pipeline_runs_it_in_place(
+    bundle: Bundle, engine: BuiltEngine, manifests: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a stand-in for the GPU that computes what the graphs say: everything but the GPU's own arithmetic."""
+    cuda, opened = FakeCuda(), dict[str, TrtEngine]()
+    session = Session(cuda)
+
+    def open_plan(of: Bundle, graph: str) -> tuple[TrtEngine, Place]:
+        stated = engine.manifest.graphs[graph]
+        caches = [name for name in stated.outputs if name.startswith("present_")] if graph == "language_static" else []
+        aliases = {name: name.replace("present_", "past_") for name in caches}
+        plan = plan_of(of.graph(graph), stated, cuda, aliases=aliases)
+        opened[graph] = TrtEngine(plan, stated, graph, session)
+        return opened[graph], Place(stated.plan.sha256, "a stand-in", "onnxruntime")
+
+    monkeypatch.setattr(choice, "open_plan", open_plan)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    image = next(row.image for row in read_manifest(manifests[0]))
+    requests = [Request(image), Request(image, "what colour is the circle?")]
+    with Pipeline(bundle, device=Device("trt"), cache_bytes=0) as pipeline:
+        first, again = (pipeline.answer(requests) for _ in range(2))
+        counts = opened["language_static"].counts
+        assert counts.captures >= 1 and counts.replays > counts.eager and counts.unfit == 0
+    with Pipeline(bundle, cache_bytes=0) as portable:
+        expected = portable.answer(requests)
+    texts = [[answer.token_ids for answer in answers] for answers in (first, again, expected)]
+    assert texts[0] == texts[1] == texts[2] and all(texts[0])
+    assert sorted(opened) == ["embed", "language_static", "qformer", "vision"]
+    checked = [json.loads(note.read_text()) for note in (tmp_path / "qforge" / "checked").iterdir()]
+    assert {note["graph"]: len(note["checks"]) > 0 for note in checked} == dict.fromkeys(opened, True)
+    assert cuda.memory == {} and cuda.graphs == {}

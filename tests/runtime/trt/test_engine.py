@@ -214,6 +214,15 @@ def test_a_buffer_that_nobody_holds_is_given_back_at_the_next_turn(bundle: Bundl
         assert len(opener.cuda.memory) == held
 
 
+def test_buffers_end_with_their_engine(bundle: Bundle, opener: FakeOpener) -> None:
+    engine = opener.open(bundle, "vision")
+    view = engine.buffer(3, "float32").view((3,))
+    engine.close()
+    assert opener.cuda.memory == {}
+    with pytest.raises(InputError, match="a buffer of an engine that was closed"):
+        view.numpy()
+
+
 def test_threads_take_turns(bundle: Bundle, opener: FakeOpener) -> None:
     wrong = list[int]()
     with Pipeline(bundle, device=opener, cache_bytes=0) as pipeline:
