@@ -38,6 +38,15 @@ def test_an_empty_capture_is_found(bundle: Bundle) -> None:
     assert "launch" not in opener.cuda.log
 
 
+def test_an_empty_capture_is_found_where_the_answer_is_no_number(bundle: Bundle) -> None:
+    opener = FakeOpener(FakeCuda(empty_graphs=True))
+    with opener.open(bundle, "vision") as engine, pytest.warns(UserWarning, match="the capture is empty"):
+        for _ in range(3):
+            engine.run({"pixels": np.full((1, 3, 8, 8), np.nan, np.float32)})
+        (found,) = engine.run({"pixels": np.ones((1, 3, 8, 8), np.float32)}).values()
+    assert found.tolist() == [[[1.0, 1.0, 1.0]]]
+
+
 def test_a_replay_that_differs_is_found(bundle: Bundle) -> None:
     opener = FakeOpener()
 

@@ -126,6 +126,8 @@ def test_engines_share_the_scratch_of_the_neediest(bundle: Bundle) -> None:
         vision.run(pixels(1))
     small.settings["scratch_bytes"] = 5000
     large = small.open(bundle, "embed")
+    small.settings["scratch_bytes"] = 200
+    small.open(bundle, "qformer").close()
     assert (small.session.scratch.size, small.session.scratch.moves) == (5000, 2)
     assert sum(len(block) >= 1000 for block in small.cuda.memory.values()) == 1
     (found,) = vision.run(pixels(1, 4)).values()  # its graph had the old address in it
