@@ -103,7 +103,7 @@ def test_verify_counts_what_holds(
     assert code == 0
     assert checks["ok"]
     assert {check["graph"].split("/")[0] for check in checks["checks"]} >= {"vision", "chain"}
-    monkeypatch.setattr("runtime.replay.relative_error", lambda found, expected: float("inf"))
+    monkeypatch.setattr("runtime.first_use.relative_error", lambda found, expected: float("inf"))
     code, out, _ = call(capsys, "verify", bundle)
     assert code == 1
     assert "FAILED vision" in out

@@ -18,10 +18,12 @@ from runtime.backends.trt.cuda import CudaError, Gpu
 from runtime.backends.trt.elements import bytes_of, packed, unpacked
 from runtime.backends.trt.engine import TrtEngine
 from runtime.backends.trt.session import Session
-from runtime.bundle import Bundle
+from runtime.bundle import Bundle, read_bundle
 from runtime.engine_manifest import EngineGraph, EngineProfile
 from runtime.manifest import FileEntry
 
+AXES = {"B": "batch", "S": "new", "P": "past", "P+S": "past + new", "T": "tokens"}
+"""The tiny graphs' names of varying sizes → those that exported bundles have."""
 GPU = Gpu("Fake RTX", "c0ffee", (8, 6), "13.0")
 
 
@@ -217,6 +219,16 @@ class FakeContext:
     def bytes_at(self, address: int, size: int) -> Any:
         self.plan.cuda.guard(address, size)
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+
+def with_axes(path: Path) -> Bundle:
+    """A tiny bundle whose graphs vary along the axes that exported ones have."""
+    bundle = read_bundle(path)
+    for entry in bundle.manifest.graphs.values():
+        for specs in (entry.inputs, entry.outputs):
+            for name, spec in specs.items():
+                specs[name] = spec.model_copy(update={"shape": tuple(AXES.get(size, size) for size in spec.shape)})
+    return bundle
 
 
 def stated(bundle: Bundle, name: str, profiles: tuple[EngineProfile, ...]) -> EngineGraph:

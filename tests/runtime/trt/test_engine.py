@@ -14,31 +14,20 @@ from onnx import TensorProto, helper
 from runtime.backends.trt.cuda import CudaError
 from runtime.backends.trt.engine import TrtEngine
 from runtime.backends.trt.session import Session
-from runtime.bundle import Bundle, read_bundle
+from runtime.bundle import Bundle
 from runtime.engine_manifest import EngineGraph, EngineProfile
 from runtime.errors import BundleError, InputError
 from runtime.manifest import FileEntry, TensorSpec
 from runtime.pipeline import Pipeline
 from runtime.replay import replay
-from tests.runtime.trt.fakes import FakeCuda, FakeOpener, plan_of
+from tests.runtime.trt.fakes import AXES, FakeCuda, FakeOpener, plan_of, with_axes
 
 SIZES = {"B": 2, "S": 3, "P": 4, "P+S": 7, "T": 4}
-AXES = {"B": "batch", "S": "new", "P": "past", "P+S": "past + new", "T": "tokens"}
-"""The tiny graphs' names of varying sizes → those that exported bundles have."""
 
 
 @pytest.fixture
 def bundle(tiny_bundle: Path) -> Bundle:
     return with_axes(tiny_bundle)
-
-
-def with_axes(path: Path) -> Bundle:
-    bundle = read_bundle(path)
-    for entry in bundle.manifest.graphs.values():
-        for specs in (entry.inputs, entry.outputs):
-            for name, spec in specs.items():
-                specs[name] = spec.model_copy(update={"shape": tuple(AXES.get(size, size) for size in spec.shape)})
-    return bundle
 
 
 @pytest.fixture
