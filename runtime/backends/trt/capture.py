@@ -22,8 +22,10 @@ from runtime.backends.trt.plan import Context
 from runtime.backends.trt.session import Session
 
 MOST = 8
-"""Graphs of an engine: each holds a context. They stay, and what comes later runs plainly: a cache that grows by a
-position a step has new shapes at every step, and would otherwise be captured anew for ever."""
+"""Graphs of an engine: each holds a context. What comes later runs plainly, unless one of them is idle: a cache that
+grows by a position a step has new shapes at every step, and would otherwise be captured anew for ever."""
+IDLE = 512
+"""Runs after which a graph that was in none of them gives its place up: its memory may be gone for good."""
 REMEMBERED = 64
 """Runs remembered that came once."""
 SPOIL = 0xFF
@@ -69,6 +71,8 @@ class _Ready:
     graph: int
     context: Context
     """Kept alive: the graph runs in it."""
+    used: int
+    """The engine's run that used it last."""
 
 
 class Graphs:
@@ -80,7 +84,7 @@ class Graphs:
         self._cuda: Cuda = session.cuda
         self._ready = dict[Key, _Ready]()
         self._seen: OrderedDict[Key, None] = OrderedDict()
-        self._possible = True
+        self._possible, self._runs = True, 0
         self.counts = Counts()
 
     def run(
@@ -94,11 +98,13 @@ class Graphs:
 
         `outputs` are those that a run writes anew; a cache that is updated in place is none, and stays as it is.
         """
+        self._runs += 1
         if (ready := self._ready.get(key)) is not None:
+            ready.used = self._runs
             self._cuda.launch(ready.graph, self._session.stream)
             self.counts.replays += 1
             return
-        if key in self._seen and self._possible and len(self._ready) < MOST:
+        if key in self._seen and self._possible and self._has_room():
             self._capture(key, prepared(), outputs)
             return
         eager()
@@ -124,7 +130,7 @@ class Graphs:
         expected = self._read(outputs)
         captured = self._cuda.capture(stream, lambda: context.enqueue(stream))
         nodes = self._cuda.nodes(captured)
-        ready = _Ready(self._cuda.instantiate(captured), context)
+        ready = _Ready(self._cuda.instantiate(captured), context, self._runs)
         for output in outputs.values():
             self._cuda.fill(output.address, SPOIL, bytes_of(output.shape, output.dtype), stream)
         if nodes:
@@ -139,6 +145,16 @@ class Graphs:
             return
         self.counts.captures += 1
         self._ready[key] = ready
+
+    def _has_room(self) -> bool:
+        """Whether one more graph may be kept; an idle one makes room."""
+        if len(self._ready) < MOST:
+            return True
+        oldest = min(self._ready, key=lambda key: self._ready[key].used)
+        if self._runs - self._ready[oldest].used <= IDLE:
+            return False
+        self._end(self._ready.pop(oldest))
+        return True
 
     def _read(self, outputs: Mapping[str, Output]) -> dict[str, npt.NDArray[np.generic]]:
         return {

@@ -83,3 +83,21 @@ def test_an_engine_has_a_bounded_number_of_graphs(bundle: Bundle, monkeypatch: p
                 engine.run({"pixels": np.ones((batch, 3, 8, 8), np.float32)})
         assert len(opener.cuda.graphs) == 2
         assert (engine.counts.captures, engine.counts.replays, engine.counts.unfit) == (2, 2, 0)
+
+
+def test_an_idle_graph_gives_its_place_up(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.backends.trt.capture.MOST", 1)
+    monkeypatch.setattr("runtime.backends.trt.capture.IDLE", 4)
+    opener = FakeOpener()
+    with opener.open(bundle, "vision") as engine:
+
+        def captures_after(*batches: int) -> int:
+            for batch in batches:
+                engine.run({"pixels": np.ones((batch, 3, 8, 8), np.float32)})
+            return engine.counts.captures
+
+        assert captures_after(3, 3) == 1
+        assert captures_after(1, 1, 1, 1) == 1  # the other one was used four runs ago
+        assert captures_after(1) == 2
+        assert len(opener.cuda.graphs) == 1
+        assert captures_after(1, 1) == 2 and engine.counts.replays == 2
