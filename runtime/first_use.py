@@ -20,9 +20,10 @@ from runtime.bundle import Bundle
 from runtime.checks import Check, relative_error
 from runtime.errors import CheckFailed
 from runtime.files import write_json_atomic
+from runtime.precision import carried
 from runtime.reference import REFERENCE, GraphCase, read_reference
 from runtime.speaker import STATIC
-from runtime.static_cache import PortableFace, carried
+from runtime.static_cache import PortableFace
 from runtime.user_cache import user_cache
 
 

@@ -18,3 +18,8 @@ FLOATING = ("fp32", "fp16", "bf16")
 RangeMethod = Literal["minmax", "percentile", "entropy"]
 """How the range of a quantised activation is found: all values seen, 99.99 % of them, or the least loss of
 information."""
+
+
+def carried(dtype: str) -> str:
+    """numpy's type that carries an element type between host and engine; it has no bfloat16."""
+    return "float32" if dtype == "bfloat16" else dtype

@@ -24,6 +24,7 @@ from runtime.decoder import Decoder, embedded
 from runtime.decoding.task import Floats, Ids
 from runtime.encoder_decoder import EncoderDecoder
 from runtime.manifest import Generation, Limits
+from runtime.precision import carried
 
 PAST, PRESENT, CROSS = "past_", "present_", "cross_"
 
@@ -283,8 +284,3 @@ def _three(shape: tuple[int | str, ...]) -> tuple[int, int, int]:
     """(heads, positions, head width) of a cache."""
     _, heads, positions, width = shape
     return int(heads), int(positions), int(width)
-
-
-def carried(dtype: str) -> str:
-    """numpy's type that carries one; it has no bfloat16."""
-    return "float32" if dtype == "bfloat16" else dtype

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.errors import InputError
+from runtime.precision import carried
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
 """Type → bytes of an element."""
@@ -18,11 +19,6 @@ def bytes_of(shape: tuple[int, ...], dtype: str) -> int:
     if dtype not in ITEM_BYTES:
         raise InputError(f"dtype: expected one of {', '.join(ITEM_BYTES)}, found {dtype!r}")
     return int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[dtype]
-
-
-def carried(dtype: str) -> str:
-    """numpy's type that carries one."""
-    return "float32" if dtype == "bfloat16" else dtype
 
 
 def packed(array: npt.NDArray[Any], dtype: str, what: str) -> npt.NDArray[np.uint8]:

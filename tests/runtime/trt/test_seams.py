@@ -10,9 +10,10 @@ import pytest
 
 from runtime.backends.trt import cuda, plan
 from runtime.backends.trt.cuda import Cuda, CudaRuntime
-from runtime.backends.trt.elements import ITEM_BYTES, bytes_of, carried, packed, unpacked
+from runtime.backends.trt.elements import ITEM_BYTES, bytes_of, packed, unpacked
 from runtime.errors import BackendUnavailable, BundleError, InputError
 from runtime.gpu import compute_capability_here
+from runtime.precision import carried
 
 
 def attributes_of(module: ModuleType, *owners: str) -> set[str]:
