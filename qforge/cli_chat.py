@@ -35,8 +35,8 @@ def chat(
     max_new_tokens: MaxNewTokens = None,
     image_size: ImageSize = None,
     cache_dir: CacheDir = None,
-    backend: Backend = "ort",
-    provider: ProviderName = "cpu",
+    backend: Backend = None,
+    provider: ProviderName = None,
     threads: Threads = None,
     *,
     decoding: "Decoding",
@@ -47,7 +47,7 @@ def chat(
     told on stderr and the conversation goes on; from a pipe, exit 2 at its end.
     """
     from qforge import verbs_chat
-    from runtime.backends import Device
+    from qforge.devices import device_for
 
     how = verbs_chat.How(prompt, max_new_tokens, image_size, decoding, cache_dir)
-    return verbs_chat.chat(bundle, image, how, Device(backend, provider, threads))
+    return verbs_chat.chat(bundle, image, how, device_for(bundle, backend, provider, threads))

@@ -8,13 +8,13 @@ from pathlib import Path
 from runtime.backends.cores import cpu_fingerprint
 from runtime.backends.ort import OrtEngine, ort_version
 from runtime.bundle import PREPARED, Bundle
+from runtime.checks import relative_error
 from runtime.errors import InputError
 from runtime.files import atomic_folder, sha256_of, write_text_atomic
 from runtime.manifest import FileEntry
 from runtime.prepared import FORMAT, RECORD, Prepared, PreparedGraph
 from runtime.progress import Progress
 from runtime.reference import REFERENCE, read_reference
-from runtime.replay import relative_error
 
 SAME = 1e-5
 """Largest error, as a fraction of the largest value, between a graph and the prepared one: the same kernels run."""

@@ -23,7 +23,6 @@ HELP_S = 0.3
 VERBS = [
     *(["run"], ["train"], ["data", "check"], ["data", "demo"], ["export"], ["verify"], ["inspect"], ["doctor"]),
     *(["build"], ["caption"], ["vqa"], ["index"], ["search"], ["evaluate"], ["bench"], ["import"], ["to-hf"]),
-    *(["build"], ["caption"], ["vqa"], ["index"], ["search"], ["evaluate"], ["bench"], ["import"], ["to-hf"]),
     *(["export-triton"], ["calibrate"], ["chat"], ["cache", "warm"], ["cache", "info"], ["cache", "clear"]),
     *(["prepare"], ["tune"]),
 ]

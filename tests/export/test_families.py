@@ -30,12 +30,13 @@ from export.precision.half import write_half
 from runtime.answers import Request
 from runtime.backends import Device
 from runtime.bundle import Bundle, read_bundle
+from runtime.checks import relative_error
 from runtime.decoding import Decoding
 from runtime.errors import BackendUnavailable, CheckFailed, InputError
 from runtime.pipeline import Pipeline
 from runtime.preprocess import preprocess_batch
 from runtime.reference import REFERENCE, read_reference
-from runtime.replay import relative_error, replay
+from runtime.replay import replay
 from runtime.stopwatch import Stopwatch
 from tests.export.conftest import QUIET
 from tests.families import FAMILIES, SPARE_ROWS, write_family

@@ -16,9 +16,9 @@ from export.precision.emulate import emulate
 from export.precision.files import read_structure
 from export.precision.half import write_half
 from runtime.bundle import Bundle
+from runtime.checks import relative_error
 from runtime.errors import CheckFailed
 from runtime.reference import REFERENCE, GraphCase, read_reference
-from runtime.replay import relative_error
 from tests.onnx_graphs import run_graph, write_graph
 
 
