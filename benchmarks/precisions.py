@@ -115,15 +115,13 @@ def measure(
     for precision, language, target in forms:
         folder = work / f"{checkpoint.name}-{precision}-{language}-{target}"
         form = config.model_copy(update={"target": target, "language_precision": language})
-        start = time.perf_counter()
         _export(checkpoint, folder, form, precision, data, exact_folder)
-        seconds = round(time.perf_counter() - start, 1)
         bundle = read_bundle(folder)
         report = json.loads(bundle.file(REPORT).read_text())
         for name in names:
             written = report[name]
             row: dict[str, Any] = {"graph": name, "precision": written["precision"], "target": target}
-            row |= {"export_s": seconds, "kept": len(written["kept"]), "verified": written["verified"]}
+            row |= {"kept": len(written["kept"]), "verified": written["verified"]}
             row |= compare(exact.graph(name), bundle.graph(name), feeds[name], precision == "fp8")
             print(json.dumps(row), flush=True)
             rows.append(row)
@@ -207,7 +205,9 @@ def run(
         else:
             checkpoints = write_models(work)
             rows = measure(checkpoints["opt"], ("vision", "qformer", "language"), data, work, images, forms)
-            rows += measure(checkpoints["t5"], ("encoder", "decoder"), data, work, images, forms)
+            # Its image side is the demo's, which has a result of its own: FP8 is for images like those it learned from.
+            of_text = [("int8" if form[0] == "fp8" else form[0], *form[1:]) for form in forms]
+            rows += measure(checkpoints["t5"], ("encoder", "decoder"), data, work, images, of_text)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return {
