@@ -8,11 +8,12 @@ import numpy.typing as npt
 
 from export.feeds import StoredFeeds
 from export.graphs import Arrays, Graph
+from runtime.backends.host import HostEngine
 from runtime.closing import Closing
 from runtime.errors import CheckFailed
 
 
-class Eager(Closing):
+class Eager(Closing, HostEngine):
     """PyTorch computes the graph; satisfies `runtime.backends.Engine`."""
 
     def __init__(self, graph: Graph) -> None:
@@ -29,7 +30,7 @@ class Eager(Closing):
         """Names alone: the table does not say the fixed sizes of an output."""
         return dict.fromkeys(self._graph.outputs, ())
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+    def compute(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """PyTorch's outputs.
 
         Raises:
@@ -51,9 +52,9 @@ class Recorder(Eager):
         super().__init__(graph)
         self._feeds = feeds
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+    def compute(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """PyTorch's outputs."""
-        outputs = super().run(feeds)
+        outputs = super().compute(feeds)
         self._feeds.append(dict(feeds))
         return outputs
 

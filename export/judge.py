@@ -18,6 +18,7 @@ from export.eager import require_finite
 from export.facts import precision_of
 from export.graphs import Arrays, Graph
 from runtime.backends import Device, Engine
+from runtime.backends.host import HostEngine
 from runtime.bundle import Bundle
 from runtime.checks import relative_error
 from runtime.closing import Closing
@@ -66,7 +67,7 @@ class JudgingDevice:
 JUDGING = JudgingDevice()
 
 
-class Judge(Closing):
+class Judge(Closing, HostEngine):
     """An engine that is a graph's module; what it computed, the graph computes again, and the two are compared.
 
     The graph's turn comes at `settle`: a large module and its graph have no room in memory side by side, and taking
@@ -100,7 +101,7 @@ class Judge(Closing):
         """Those of the graph."""
         return self._engine.outputs()
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+    def compute(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """PyTorch's outputs, in the graph's types; the graph's are compared with them later.
 
         Raises:
@@ -109,7 +110,8 @@ class Judge(Closing):
         wide = {name: array.astype(np.float32) if array.dtype == np.float16 else array for name, array in feeds.items()}
         expected = self._graph.run_eager(wide)
         require_finite(expected, f"graph '{self._graph.name}': eager PyTorch gives", "the checkpoint is damaged")
-        self._pending.append((dict(feeds), expected))
+        kept = {name: array.copy() for name, array in feeds.items()}  # a decoder writes its caches again
+        self._pending.append((kept, expected))
         self._pending_bytes += sum(array.nbytes for array in (*feeds.values(), *expected.values()))
         if self._pending_bytes > LARGEST_PENDING_BYTES:
             self.settle()

@@ -20,6 +20,7 @@ from export.eager import least_finite
 from export.graphs import Arrays
 from export.judge import JUDGING
 from runtime.backends import Engine
+from runtime.backends.host import HostEngine
 from runtime.bundle import Bundle
 from runtime.closing import Closing
 from runtime.errors import CheckFailed
@@ -38,7 +39,7 @@ NEW_TOKENS = 2
 """A prefill and one step."""
 
 
-class Probe(Closing):
+class Probe(Closing, HostEngine):
     """An engine that refuses to hand on a number that is none; satisfies `runtime.backends.Engine`."""
 
     def __init__(self, bundle: Bundle, graph: str) -> None:
@@ -53,7 +54,7 @@ class Probe(Closing):
         """Those of the graph."""
         return self._engine.outputs()
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+    def compute(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """The graph's outputs; CheckFailed when one is not finite."""
         self.runs += 1
         outputs = self._engine.run(feeds)

@@ -7,36 +7,60 @@ Shape letters: B rows, Q queries, T prompt tokens, S prefix and prompt with pads
 V vocabulary
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.backends import Arrays, Engine
+from runtime.backends import Engine
 from runtime.decoding.task import Floats, Ids
 from runtime.decoding.text_decoder import TextDecoder
 from runtime.errors import InputError
+from runtime.kv_cache import KvCache, cache_shapes
 from runtime.manifest import Generation, Limits
+from runtime.prompt_cache import PromptCache
 
 
 class Decoder(TextDecoder):
     """Runs the graphs `embed` and `language`."""
 
     def __init__(
-        self, embed: Engine, language: Engine, generation: Generation, limits: Limits, cache_type: str = "float32"
+        self,
+        embed: Engine,
+        language: Engine,
+        generation: Generation,
+        limits: Limits,
+        cache_type: str = "float32",
+        prompt_cache_bytes: int = 0,
     ) -> None:
-        """The engines stay the caller's to close; `cache_type` is numpy's name of what the cache is kept in."""
+        """The engines stay the caller's to close; `cache_type` is numpy's name of what the cache is kept in.
+
+        `prompt_cache_bytes` bounds what is remembered of prompts; 0: nothing is.
+        """
         super().__init__(generation, limits, "language")
+        self.prompt_cache = PromptCache(prompt_cache_bytes)
         self._embed = embed
         self._language = language
         self._cache_shapes, self._cache_type = cache_shapes(language), cache_type
 
-    def start(self, prefix_BQD: Floats, prompts: Sequence[Sequence[int]]) -> tuple[Floats, "DecoderSteps"]:
-        """Prefill; see `TextDecoder`."""
+    def start(
+        self, prefix_BQD: Floats, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    ) -> tuple[Floats, "DecoderSteps"]:
+        """Prefill; see `TextDecoder`. A single row begins with what is remembered of its image and prompt.
+
+        Rows of a batch are computed whole: one that is remembered would wait for its neighbours anyway.
+        """
         embeds_BSD, mask_BS = self._left_padded(prefix_BQD, prompts)
-        feeds: Arrays = {"inputs_embeds": embeds_BSD, "attention_mask": mask_BS}
-        past = empty_cache(self._cache_shapes, len(prefix_BQD), self._cache_type)
-        logits_BV, past = advance(self._language, feeds, past)
-        return logits_BV, DecoderSteps(self._embed, self._language, mask_BS, past)
+        rows, positions, _ = embeds_BSD.shape
+        reach = positions + max_new_tokens - 1  # the last token is never fed back
+        cache = KvCache(self._language, self._cache_shapes, self._cache_type, rows, reach)
+        remembers = rows == 1 and self.prompt_cache.max_bytes > 0
+        if remembers and (known := self.prompt_cache.longest(prefix_BQD[0], prompts[0])) is not None:
+            cache.assign(known)
+        new_BSD = np.ascontiguousarray(embeds_BSD[:, cache.positions :])
+        logits_BV = cache.advance({"inputs_embeds": new_BSD, "attention_mask": mask_BS})
+        if remembers:
+            self.prompt_cache.put(prefix_BQD[0], prompts[0], cache.arrays())
+        return logits_BV, DecoderSteps(self._embed, cache, mask_BS)
 
     def check_positions(self, prompt_positions: int, max_new_tokens: int) -> None:
         """See `TextDecoder`."""
@@ -69,26 +93,37 @@ class Decoder(TextDecoder):
 class DecoderSteps:
     """The rows of one batch behind their prefill; satisfies `runtime.decoding.task.Steps`."""
 
-    def __init__(self, embed: Engine, language: Engine, mask_BS: Ids, past: Arrays) -> None:
-        self._embed, self._language, self._mask_BS, self._past = embed, language, mask_BS, past
+    def __init__(self, embed: Engine, cache: KvCache, mask_BS: Ids) -> None:
+        self._embed, self._cache, self._mask_BS = embed, cache, mask_BS
 
     def step(self, ids_B: Ids) -> Floats:
-        """Scores [B, V] after one more token."""
-        self._mask_BS = np.pad(self._mask_BS, ((0, 0), (0, 1)), constant_values=1)
-        feeds: Arrays = {"inputs_embeds": embedded(self._embed, ids_B[:, None]), "attention_mask": self._mask_BS}
-        logits_BV, self._past = advance(self._language, feeds, self._past)
+        """Scores [B, V] after one more token; nothing has changed when the graph fails."""
+        mask_BS = np.concatenate([self._mask_BS, np.ones((len(ids_B), 1), np.int64)], axis=1)
+        embeds_B1D = embedded(self._embed, ids_B[:, None])
+        logits_BV = self._cache.advance({"inputs_embeds": embeds_B1D, "attention_mask": mask_BS})
+        self._mask_BS = mask_BS
         return logits_BV
 
     def select(self, rows_B: Ids) -> None:
-        """Mask and cache of these rows."""
-        self._mask_BS = self._mask_BS[rows_B]
-        self._past = selected(self._past, rows_B)
+        """Mask and cache of these rows, without positions that are pads in all of them."""
+        if is_all(rows_B, len(self._mask_BS)):
+            return
+        mask_BS = self._mask_BS[rows_B]
+        pads = int(mask_BS.any(axis=0).argmax())
+        self._cache.select(rows_B, pads)
+        self._mask_BS = mask_BS[:, pads:]
 
+    def can_join(self, other: "DecoderSteps") -> bool:
+        """Always: the mask says what each row has read."""
+        return True
 
-def advance(graph: Engine, feeds: Arrays, past: Arrays) -> tuple[Floats, Arrays]:
-    """Scores after the last position, and the cache with the new positions added."""
-    outputs = graph.run({**feeds, **past})
-    return outputs["logits"], {name: outputs[name.replace("past_", "present_", 1)] for name in past}
+    def join(self, other: "DecoderSteps") -> None:
+        """Rows end at the same position; the shorter ones are padded on their left, as prompts are."""
+        self._cache.join(other._cache, right=True)
+        masks = (self._mask_BS, other._mask_BS)
+        length = max(mask_BS.shape[1] for mask_BS in masks)
+        padded = [np.pad(mask_BS, ((0, 0), (length - mask_BS.shape[1], 0))) for mask_BS in masks]
+        self._mask_BS = np.concatenate(padded)
 
 
 def embedded(embed: Engine, ids_BT: Ids) -> Floats:
@@ -97,19 +132,6 @@ def embedded(embed: Engine, ids_BT: Ids) -> Floats:
     return embeds_BTD
 
 
-def cache_shapes(graph: Engine) -> dict[str, tuple[int, int]]:
-    """(heads, head width) of every `past_*` input of a graph."""
-    shapes = {name: shape for name, shape in graph.inputs().items() if name.startswith("past_")}
-    return {name: (int(heads), int(head_width)) for name, (_, heads, _, head_width) in shapes.items()}
-
-
-def empty_cache(shapes: Mapping[str, tuple[int, int]], batch: int, dtype: str) -> Arrays:
-    """A cache without positions."""
-    return {name: np.zeros((batch, heads, 0, head_width), dtype) for name, (heads, head_width) in shapes.items()}
-
-
-def selected(arrays: Arrays, rows_B: Ids) -> Arrays:
-    """These rows of every array; nothing is copied where they are all rows in their order."""
-    if all(np.array_equal(rows_B, np.arange(len(array))) for array in arrays.values()):
-        return arrays
-    return {name: array[rows_B] for name, array in arrays.items()}
+def is_all(rows_B: Ids, count: int) -> bool:
+    """Whether these are all rows, in their order."""
+    return np.array_equal(rows_B, np.arange(count))

@@ -1,11 +1,8 @@
 """One vision tower for two uses: what answering has opened, searching borrows."""
 
 from collections.abc import Mapping
-from typing import Any
 
-import numpy.typing as npt
-
-from runtime.backends import Arrays, Engine, Opener
+from runtime.backends import Arrays, Buffer, Engine, Feeds, Opener, View
 from runtime.bundle import Bundle
 from runtime.closing import Closing
 
@@ -59,9 +56,13 @@ class Borrowed(Closing):
         """See `runtime.backends.Engine`."""
         return self._engine.outputs()
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+    def buffer(self, elements: int, dtype: str) -> Buffer:
         """See `runtime.backends.Engine`."""
-        return self._engine.run(feeds)
+        return self._engine.buffer(elements, dtype)
+
+    def run(self, feeds: Feeds, into: Mapping[str, View] | None = None) -> Arrays:
+        """See `runtime.backends.Engine`."""
+        return self._engine.run(feeds, into)
 
     def close(self) -> None:
         """Leave the engine to its owner."""

@@ -1,9 +1,8 @@
 """The one place that knows which graphs each kind of language model has, and which class runs them."""
 
 from collections.abc import Callable
-from typing import cast
 
-from runtime.backends import BoundEngine, Engine
+from runtime.backends import Engine
 from runtime.decoder import Decoder
 from runtime.decoding.text_decoder import TextDecoder
 from runtime.encoder_decoder import EncoderDecoder
@@ -22,9 +21,12 @@ STATIC = "_static"
 """End of the name of a decoder whose cache has a fixed size, which lies beside the portable one for GPU engines."""
 
 
-def open_decoder(manifest: Manifest, engine: Callable[[str], Engine], in_place: bool = False) -> TextDecoder:
+def open_decoder(
+    manifest: Manifest, engine: Callable[[str], Engine], prompt_cache_bytes: int = 0, in_place: bool = False
+) -> TextDecoder:
     """The decoder of a bundle's kind of language model; `engine` gives the engine of a named graph.
 
+    `prompt_cache_bytes` bounds what a decoder-only model remembers of prompts; others have nothing to remember.
     `in_place`: engines have memory of their own and update it in place, so that a decoder with a cache of fixed size is
     taken where the bundle has one.
 
@@ -37,7 +39,7 @@ def open_decoder(manifest: Manifest, engine: Callable[[str], Engine], in_place: 
     names = LANGUAGE_GRAPHS[model.style]
     if in_place and (static := f"{names[-1]}{STATIC}") in manifest.graphs:
         embed, *others = (engine(name) for name in ("embed", *names[:-1], static))
-        last, held = cast(BoundEngine, others[-1]), manifest.graphs[static].inputs["past_key_0"].dtype
+        last, held = others[-1], manifest.graphs[static].inputs["past_key_0"].dtype
         if model.style == "encoder-decoder":
             return StaticEncoderDecoder(embed, others[0], last, generation, limits, held)
         return StaticDecoder(embed, last, generation, limits, held)
@@ -46,7 +48,7 @@ def open_decoder(manifest: Manifest, engine: Callable[[str], Engine], in_place: 
         encoder, decoder = others
         return EncoderDecoder(embed, encoder, decoder, generation, limits, _cache_type(manifest, "decoder"))
     (language,) = others
-    return Decoder(embed, language, generation, limits, _cache_type(manifest, "language"))
+    return Decoder(embed, language, generation, limits, _cache_type(manifest, "language"), prompt_cache_bytes)
 
 
 def _cache_type(manifest: Manifest, graph: str) -> str:

@@ -13,12 +13,13 @@ d head width, D language width, V vocabulary
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from runtime.backends import Arrays, BoundEngine, Buffer, Engine, View
+from runtime.backends import Arrays, Buffer, Engine, Feeds, View
+from runtime.backends.host import HostEngine
 from runtime.closing import Closing
 from runtime.decoder import Decoder, embedded
 from runtime.decoding.task import Floats, Ids
@@ -41,7 +42,7 @@ class InPlace(Protocol):
 class Caches:
     """The caches of one batch of rows, at addresses that stay."""
 
-    def __init__(self, engine: BoundEngine, limits: Limits, dtype: str) -> None:
+    def __init__(self, engine: Engine, limits: Limits, dtype: str) -> None:
         """For as many rows as a bundle runs at once."""
         rows, self._limits = limits.max_batch, limits
         self._engine, self._dtype = engine, dtype
@@ -83,7 +84,7 @@ class Caches:
             views[name].assign(array_BhRd.astype(carried(self._dtype), copy=False))
         return views
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any] | View], rows: int) -> Floats:
+    def run(self, feeds: Feeds, rows: int) -> Floats:
         """One run; scores [B, V]."""
         read, write = self._sides
         past = {name: read[name].view((rows, *shape)) for name, shape in self._shapes.items()}
@@ -103,7 +104,7 @@ class Caches:
 class Pool:
     """Sets of caches that are used again, so that addresses are the same for every request: one for each at a time."""
 
-    def __init__(self, engine: BoundEngine, limits: Limits, dtype: str) -> None:
+    def __init__(self, engine: Engine, limits: Limits, dtype: str) -> None:
         self._engine, self._limits, self._dtype = engine, limits, dtype
         self._free = list[Caches]()
 
@@ -122,22 +123,36 @@ class StaticDecoder(Decoder):
     """Runs the graphs `embed` and `language_static`."""
 
     def __init__(
-        self, embed: Engine, language: BoundEngine, generation: Generation, limits: Limits, cache_type: str
+        self, embed: Engine, language: Engine, generation: Generation, limits: Limits, cache_type: str
     ) -> None:
         """The engines stay the caller's to close; `cache_type` is what the caches are kept in."""
         super().__init__(embed, language, generation, limits, cache_type)
         self._graph = f"{self._graph}_static"
         self._pool = Pool(language, limits, cache_type)
 
-    def start(self, prefix_BQD: Floats, prompts: Sequence[Sequence[int]]) -> tuple[Floats, "StaticSteps"]:  # type: ignore[override]
-        """Prefill; see `TextDecoder`."""
+    def start(  # type: ignore[override]
+        self, prefix_BQD: Floats, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    ) -> tuple[Floats, "StaticSteps"]:
+        """Prefill; see `TextDecoder`. The cache has room for all that the bundle allows."""
         embeds_BSD, mask_BS = self._left_padded(prefix_BQD, prompts)
         steps = StaticSteps(self._embed, mask_BS)
         steps.caches = self._pool.lend(steps)
         return steps.read(embeds_BSD), steps
 
 
-class StaticSteps:
+class Alone:
+    """Rows whose caches lie at addresses of their own, written at one index: no others can join them."""
+
+    def can_join(self, other: Self) -> bool:
+        """Never."""
+        return False
+
+    def join(self, other: Self) -> None:
+        """ValueError; see `can_join`."""
+        raise ValueError("rows in caches of fixed size are run as they were started, none can join them")
+
+
+class StaticSteps(Alone):
     """The rows of one batch behind their prefill; satisfies `runtime.decoding.task.Steps`."""
 
     caches: Caches
@@ -179,7 +194,7 @@ class StaticEncoderDecoder(EncoderDecoder):
         self,
         embed: Engine,
         encoder: Engine,
-        decoder: BoundEngine,
+        decoder: Engine,
         generation: Generation,
         limits: Limits,
         cache_type: str,
@@ -189,8 +204,10 @@ class StaticEncoderDecoder(EncoderDecoder):
         self._graph = f"{self._graph}_static"
         self._pool = Pool(decoder, limits, cache_type)
 
-    def start(self, prefix_BQD: Floats, prompts: Sequence[Sequence[int]]) -> tuple[Floats, "StaticReadSteps"]:  # type: ignore[override]
-        """Encoder and first token; see `TextDecoder`."""
+    def start(  # type: ignore[override]
+        self, prefix_BQD: Floats, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    ) -> tuple[Floats, "StaticReadSteps"]:
+        """Encoder and first token; see `TextDecoder`. The cache has room for all that the bundle allows."""
         embeds_BSD, mask_BS = self._right_padded(prefix_BQD, prompts)
         read = self._encoder.run({"inputs_embeds": embeds_BSD, "attention_mask": mask_BS})
         cross = {name: array for name, array in read.items() if name.startswith(CROSS)}
@@ -200,7 +217,7 @@ class StaticEncoderDecoder(EncoderDecoder):
         return steps.step(np.full(len(prefix_BQD), self._start_token_id, np.int64)), steps
 
 
-class StaticReadSteps:
+class StaticReadSteps(Alone):
     """The rows of one batch behind the encoder; satisfies `runtime.decoding.task.Steps`."""
 
     caches: Caches
@@ -231,7 +248,7 @@ class StaticReadSteps:
             self.cross = self.caches.hold({name: view.numpy()[rows_B] for name, view in self.cross.items()})
 
 
-class PortableFace(Closing):
+class PortableFace(Closing, HostEngine):
     """A static decoder behind the inputs and outputs of the portable one: caches that grow."""
 
     def __init__(self, engine: Engine, held_in: np.dtype[Any]) -> None:
@@ -248,7 +265,7 @@ class PortableFace(Closing):
         """Those of the portable graph."""
         return self._engine.outputs()
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+    def compute(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """One run from the cached positions that `feeds` holds."""
         batch, new, _ = feeds["inputs_embeds"].shape
         past = feeds["past_key_0"].shape[2]

@@ -22,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # the runtime package that lies beside this file in a repository
 
 from runtime.answers import Request  # noqa: E402
+from runtime.backends.host import HostEngine  # noqa: E402
 from runtime.bundle import MANIFEST, Bundle  # noqa: E402
 from runtime.closing import Closing  # noqa: E402
 from runtime.errors import InputError, QforgeError  # noqa: E402
@@ -32,7 +33,7 @@ REFUSALS = (QforgeError, UnicodeDecodeError, pb_utils.TritonModelException)
 """What a request can be to blame for, or the server; it is told in the response."""
 
 
-class ServedGraph(Closing):
+class ServedGraph(Closing, HostEngine):
     """A graph that the server holds; satisfies `runtime.backends.Engine`."""
 
     def __init__(self, model_name: str, entry: GraphEntry) -> None:
@@ -46,7 +47,7 @@ class ServedGraph(Closing):
         """Name → shape of every output; a varying size is a name."""
         return {name: spec.shape for name, spec in self._entry.outputs.items()}
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    def compute(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """All outputs for all inputs; TritonModelException with the server's words when it could not."""
         names = list(self._entry.outputs)
         response = pb_utils.InferenceRequest(

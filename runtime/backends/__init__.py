@@ -6,7 +6,7 @@ command line makes it and the engines read it, so nothing in between lists its p
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -31,6 +31,44 @@ STEPPED = frozenset({"language", "decoder"})
 """Graphs that run once a token."""
 
 
+class View(Protocol):
+    """The first elements of a buffer as a contiguous array; whoever views the same buffer sees what is written here."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of its axes."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """numpy's name of the element type; bfloat16, which numpy has not, is read and written as float32."""
+        ...
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """Its elements in host memory: on a CPU these very ones, elsewhere a copy."""
+        ...
+
+    def assign(self, array: npt.NDArray[Any]) -> None:
+        """Write an array of the same shape and kind of number there; ValueError for another shape."""
+        ...
+
+    def move(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy whole rows of its first axis inside it, one pair (target, source) after the other."""
+        ...
+
+
+class Buffer(Protocol):
+    """Memory where an engine computes; it lives as long as one of its views."""
+
+    def view(self, shape: tuple[int, ...]) -> View:
+        """Its first elements as an array of this shape; ValueError when it has not so many."""
+        ...
+
+
+Feeds = Mapping[str, "npt.NDArray[Any] | View"]
+"""Named inputs of a graph: arrays of the host, and memory of the engine."""
+
+
 class Engine(Protocol):
     """One compiled graph: named arrays in, named arrays out."""
 
@@ -42,8 +80,16 @@ class Engine(Protocol):
         """Name → shape of every output; a varying size is a name."""
         ...
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        """All outputs for all inputs; the arrays belong to the caller."""
+    def buffer(self, elements: int, dtype: str) -> Buffer:
+        """Memory for so many elements, where this engine computes; its content is undefined at first."""
+        ...
+
+    def run(self, feeds: Feeds, into: Mapping[str, View] | None = None) -> Arrays:
+        """All outputs for all inputs; those named in `into` are written there, the others belong to the caller.
+
+        Views are of this engine's buffers; one that is written shares its buffer with none that is read. Threads may
+        run one engine at once, each with views of its own.
+        """
         ...
 
     def close(self) -> None:
@@ -55,48 +101,6 @@ class Engine(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-
-
-class View(Protocol):
-    """The first elements of a buffer as a contiguous array; valid as long as the buffer."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of its axes."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """numpy's name of the element type; "bfloat16", which numpy has not, is read and written as float32."""
-        ...
-
-    def numpy(self) -> npt.NDArray[Any]:
-        """A copy in host memory that belongs to the caller."""
-        ...
-
-    def assign(self, array: npt.NDArray[Any]) -> None:
-        """Write an array of the same shape and type there; InputError for another."""
-        ...
-
-
-class Buffer(Protocol):
-    """Memory where an engine computes; it lives as long as the engine."""
-
-    def view(self, shape: tuple[int, ...]) -> View:
-        """Its first elements as an array of this shape; InputError when it has not so many."""
-        ...
-
-
-class BoundEngine(Engine, Protocol):
-    """An engine that also reads and writes memory of its own, so that nothing is copied between two runs."""
-
-    def buffer(self, elements: int, dtype: str) -> Buffer:
-        """Memory for so many elements, where the engine computes."""
-        ...
-
-    def run(self, feeds: Mapping[str, "npt.NDArray[Any] | View"], into: Mapping[str, View] | None = None) -> Arrays:
-        """All outputs for all inputs; those named in `into` are written there and not returned."""
-        ...
 
 
 class Opener(Protocol):
@@ -189,7 +193,7 @@ class Device:
 
 
 def updates_in_place(device: Opener) -> bool:
-    """Whether its engines have memory of their own (`BoundEngine`) and update a cache where it lies."""
+    """Whether its engines update a cache where it lies."""
     return isinstance(device, Device) and device.backend == "trt"
 
 

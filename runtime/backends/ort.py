@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy.typing as npt
+import numpy as np
 
+from runtime.backends import Arrays, Buffer, Feeds, View
 from runtime.backends.cores import physical_cores
 from runtime.backends.memory import raise_for_memory
-from runtime.backends.providers import available_providers, execution_provider, require_taken
+from runtime.backends.ort_memory import Bindable, OrtDeviceBuffer, OrtHostBuffer
+from runtime.backends.providers import DEVICES, available_providers, execution_provider, require_taken
 from runtime.closing import Closing
 from runtime.errors import BackendUnavailable, BundleError, require
 from runtime.first_use import Place
@@ -82,6 +84,7 @@ class OrtEngine(Closing):
                 f"{model}: onnxruntime {ort.__version__} cannot open this graph on {name}: {error}"
             ) from error
         require_taken(self._session, provider, str(model))
+        self._device = DEVICES.get(provider, "cpu")
         self._output_names = [output.name for output in self._session.get_outputs()]
 
     def inputs(self) -> dict[str, tuple[int | str, ...]]:
@@ -92,14 +95,43 @@ class OrtEngine(Closing):
         """Name → shape of every output; a varying size is a name."""
         return _shapes(self._session.get_outputs())
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """All outputs for all inputs; the arrays belong to the caller. OutOfMemory leaves the engine usable."""
+    def buffer(self, elements: int, dtype: str) -> Buffer:
+        """Memory for so many elements where the provider computes."""
+        ort = _onnxruntime()
+        if self._device == "cpu":
+            return OrtHostBuffer(ort, elements, dtype)
+        return OrtDeviceBuffer(ort, self._device, elements, dtype)
+
+    def run(self, feeds: Feeds, into: Mapping[str, View] | None = None) -> Arrays:
+        """All outputs for all inputs; those named in `into` are written there, the others belong to the caller.
+
+        OutOfMemory leaves the engine usable.
+        """
         try:
-            arrays = self._session.run(self._output_names, dict(feeds))
+            return self._run(feeds, into or {})
         except Exception as error:  # a class per cause and no common base
             raise_for_memory(error)
             raise
-        return dict(zip(self._output_names, arrays, strict=True))
+
+    def _run(self, feeds: Feeds, into: Mapping[str, View]) -> Arrays:
+        returned = [name for name in self._output_names if name not in into]
+        if not into and all(isinstance(value, np.ndarray) for value in feeds.values()):
+            return dict(zip(returned, self._session.run(returned, dict(feeds)), strict=True))
+        binding = self._session.io_binding()  # of this call: another thread has its own
+        for name, value in feeds.items():
+            if isinstance(value, np.ndarray):
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+            else:
+                cast(Bindable, value).bind_input(binding, name)
+        for name in returned:
+            binding.bind_output(name)
+        for name, view in into.items():
+            cast(Bindable, view).bind_output(binding, name)
+        self._session.run_with_iobinding(binding)
+        if self._device != "cpu":
+            binding.synchronize_outputs()
+        values = binding.get_outputs()  # in the order in which they were bound
+        return {name: values[place].numpy() for place, name in enumerate(returned)}
 
     def close(self) -> None:
         """Free the session; the engine cannot run afterwards."""

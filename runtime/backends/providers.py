@@ -18,6 +18,9 @@ PROVIDERS: dict[Provider, tuple[str, str]] = {
 }
 """Name → ONNX Runtime's name, and the packages to install."""
 
+DEVICES: dict[Provider, str] = {"cuda": "cuda", "tensorrt": "cuda"}
+"""Name → ONNX Runtime's name of the memory it computes in; the others compute in the host's."""
+
 HEAVY = frozenset(
     {
         *("MatMul", "Gemm", "Conv", "MatMulInteger", "MatMulNBits", "QLinearMatMul", "FusedMatMul", "FusedGemm"),

@@ -5,7 +5,7 @@ Shape letters: B rows, L tokens so far, V vocabulary
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,17 @@ class Steps(Protocol):
 
     def select(self, rows_B: Ids) -> None:
         """Go on with these of the present rows, in this order; a row may come several times, or not at all."""
+        ...
+
+    def can_join(self, other: Self) -> bool:
+        """Whether these rows and those of `other` can go on in one run of the graph."""
+        ...
+
+    def join(self, other: Self) -> None:
+        """Take the rows of `other`, which is of no use afterwards, behind the present ones; ValueError if they cannot.
+
+        The scores of each row's next token stay the caller's to put together.
+        """
         ...
 
 

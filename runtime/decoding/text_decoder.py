@@ -25,8 +25,11 @@ class TextDecoder(ABC):
         self._generation, self._limits, self._graph = generation, limits, graph
 
     @abstractmethod
-    def start(self, prefix_BQD: Floats, prompts: Prompts) -> tuple[Floats, Steps]:
-        """Read prefix and prompts: scores [B, V] of the first token, and the rows that go on from there."""
+    def start(self, prefix_BQD: Floats, prompts: Prompts, max_new_tokens: int) -> tuple[Floats, Steps]:
+        """Read prefix and prompts: scores [B, V] of the first token, and the rows that go on from there.
+
+        No row says more than `max_new_tokens`, so that memory for all of them is made once, here.
+        """
 
     @abstractmethod
     def check_positions(self, prompt_positions: int, max_new_tokens: int) -> None:
@@ -55,7 +58,7 @@ class TextDecoder(ABC):
         for first in range(0, len(prompts), at_once):
             rows = slice(first, first + at_once)
             with watch.phase("prefill"):
-                logits_BV, steps = self.start(prefix_BQD[rows], prompts[rows])
+                logits_BV, steps = self.start(prefix_BQD[rows], prompts[rows], max_new_tokens)
             with watch.phase("decode"):
                 texts += _said(logits_BV, steps, task)
         return texts
@@ -80,7 +83,7 @@ class TextDecoder(ABC):
             raise InputError(f"{name}: expected 1 in a stream, found {decoding.width}: {why}; do not stream")
         task = self._task(prefix_1QD, [prompt], max_new_tokens, decoding, stops)
         with watch.phase("prefill"):
-            logits_1V, steps = self.start(prefix_1QD, [prompt])
+            logits_1V, steps = self.start(prefix_1QD, [prompt], max_new_tokens)
         return self._stream(logits_1V, steps, task, watch)
 
     @staticmethod

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from runtime.backends.host import HostEngine
 from runtime.decoder import Decoder
 from runtime.decoding.one_by_one import choose_greedy
 from runtime.errors import CheckFailed, InputError
@@ -23,7 +24,7 @@ class TinyEmbed:
         return {"inputs_embeds": self.table[feeds["input_ids"]]}
 
 
-class TinyLanguage:
+class TinyLanguage(HostEngine):
     """One causal attention layer; positions are counted by the mask, as in the exported graph."""
 
     def __init__(self, rng):
@@ -41,7 +42,7 @@ class TinyLanguage:
             "past_value_0": past,
         }
 
-    def run(self, feeds):
+    def compute(self, feeds):
         mask = feeds["attention_mask"].astype(bool)
         new = feeds["inputs_embeds"].shape[1]
         self.calls.append(new)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from runtime.backends.host import HostEngine
 from runtime.bundle import read_bundle
 from runtime.encoder_decoder import EncoderDecoder
 from runtime.errors import BundleError, CheckFailed, InputError
@@ -55,7 +56,7 @@ class Encoder:
         return {"encoder_hidden": hidden} | cross
 
 
-class Decoder:
+class Decoder(HostEngine):
     """One layer of self-attention over the cache, then cross-attention over what was read."""
 
     def __init__(self, rng):
@@ -66,9 +67,9 @@ class Decoder:
 
     def inputs(self):
         past = ("B", HEADS, "P", HEAD_WIDTH)
-        return {"inputs_embeds": ("B", 1, WIDTH), "past_key_0": past, "past_value_0": past, "cross_key_0": past}
+        return {"inputs_embeds": ("B", 1, WIDTH), "past_key_0": past, "past_value_0": past, "cross_key_0": past, "cross_value_0": past}
 
-    def run(self, feeds):
+    def compute(self, feeds):
         new = feeds["inputs_embeds"].shape[1]
         self.calls.append(new)
         done = feeds["past_key_0"].shape[2]

@@ -35,9 +35,9 @@ def count_runs(engine, monkeypatch):
     """Batch sizes the engine was run with, as they come."""
     sizes, run = [], engine.run
 
-    def counted(feeds):
+    def counted(feeds, into=None):
         sizes.append(len(next(iter(feeds.values()))))
-        return run(feeds)
+        return run(feeds, into)
 
     monkeypatch.setattr(engine, "run", counted)
     return sizes

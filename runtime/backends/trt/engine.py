@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from runtime.backends import Arrays, View
+from runtime.backends import Arrays, Feeds, View
 from runtime.backends.trt.capture import Counts, Graphs, Key, Output
 from runtime.backends.trt.elements import bytes_of, packed, unpacked
 from runtime.backends.trt.memory import Block, DeviceBuffer, DeviceView
@@ -27,7 +27,7 @@ REMEMBERED = 1024
 
 
 class TrtEngine(Closing):
-    """A plan on one GPU; satisfies `runtime.backends.BoundEngine`. Safe to share between threads, which take turns."""
+    """A plan on one GPU; satisfies `runtime.backends.Engine`. Safe to share between threads, which take turns."""
 
     def __init__(self, plan: Plan, stated: EngineGraph, name: str, session: Session) -> None:
         """`stated` is what the engine's manifest says of the plan, `name` its graph's.
@@ -77,7 +77,7 @@ class TrtEngine(Closing):
         self._buffers.add(buffer)
         return buffer
 
-    def run(self, feeds: Mapping[str, "npt.NDArray[Any] | View"], into: Mapping[str, View] | None = None) -> Arrays:
+    def run(self, feeds: Feeds, into: Mapping[str, View] | None = None) -> Arrays:
         """All outputs for all inputs; those named in `into` are written there and not returned.
 
         Raises:
@@ -167,7 +167,7 @@ class TrtEngine(Closing):
             self._output_shapes[key] = {name: context.shape(name) for name in self._stated.outputs}
         return self._output_shapes[key]
 
-    def _placed(self, feeds: Mapping[str, "npt.NDArray[Any] | View"]) -> dict[str, int]:
+    def _placed(self, feeds: Feeds) -> dict[str, int]:
         """Input → address; arrays are on their way to the GPU, views are there."""
         contents = {
             name: packed(feed, self._dtypes[name], f"graph '{self._name}': input '{name}'")  # type: ignore[arg-type]

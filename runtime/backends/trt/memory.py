@@ -2,6 +2,7 @@
 
 import ctypes
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -144,3 +145,8 @@ class DeviceView:
         if array.shape != self._shape:
             raise InputError(f"assign: expected shape {self._shape}, found {array.shape}")
         self.buffer.session.write(self.address, packed(array, self.dtype, "assign"))
+
+    def move(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy whole rows of its first axis inside it, one pair (target, source) after the other."""
+        row = bytes_of(self._shape[1:], self.dtype)
+        self.buffer.session.move(self.address, [(target * row, source * row) for target, source in moves], row)

@@ -7,7 +7,7 @@ only like this. Threads may call any engine; they wait for each other here.
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -67,6 +67,12 @@ class Session:
             self._staging.host_bytes(content.nbytes)[:] = content
             self.cuda.copy(address, self._staging.address, content.nbytes, self.stream)
             self.cuda.synchronize(self.stream)
+
+    def move(self, address: int, moves: Sequence[tuple[int, int]], size: int) -> None:
+        """Copy blocks of so many bytes on the device, one pair of offsets (target, source) after the other."""
+        with self.turn():
+            for target, source in moves:
+                self.cuda.copy(address + target, address + source, size, self.stream)
 
 
 @cache

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from export.language_modules import DecoderGraph, EmbedGraph, EncoderGraph, LanguageGraph
+from runtime.backends.host import HostEngine
 from runtime.decoder import Decoder
 from runtime.decoding import GREEDY, Decoding
 from runtime.decoding.stop_strings import StopStrings
@@ -28,7 +29,7 @@ Texts = list[list[tuple[int, ...]]]
 """Sequences of each row."""
 
 
-class Module:
+class Module(HostEngine):
     """A PyTorch module as an engine; satisfies `runtime.backends.Engine` as far as decoders ask."""
 
     def __init__(self, module: nn.Module, inputs: Mapping[str, tuple[int | str, ...]], outputs: Sequence[str]) -> None:
@@ -37,7 +38,7 @@ class Module:
     def inputs(self) -> dict[str, tuple[int | str, ...]]:
         return self._inputs
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def compute(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         with torch.no_grad():
             given = self._module(*(torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in self._inputs))
         return dict(zip(self._outputs, (tensor.numpy() for tensor in given), strict=True))
