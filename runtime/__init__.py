@@ -31,7 +31,8 @@ def load(
         bundle: The folder that `qforge export` made.
         backend: Engine to run the graphs with; see `runtime.backends.available_backends`.
         threads: CPU threads per graph; None takes the physical cores this process may use.
-        cache_bytes: Bound of the query cache in memory (bytes); 0 turns that tier off.
+        cache_bytes: Bound of what is remembered in memory (bytes): query vectors of images and, a quarter of it where
+            the language model is decoder-only, keys and values of prompts; 0 remembers neither.
         provider: What computes under backend 'ort': cpu, cuda, tensorrt or openvino; never another one silently.
         cache_dir: Folder of a query cache on the disk, which processes share; made when missing. None for none.
         cache_dir_bytes: Bound of that folder (bytes), for all who use it from now on; None leaves its own (at first

@@ -15,9 +15,10 @@ from runtime.backends import Engine
 from runtime.decoding.task import Floats, Ids
 from runtime.decoding.text_decoder import TextDecoder
 from runtime.errors import InputError
-from runtime.kv_cache import KvCache, cache_shapes
+from runtime.kv_cache import KvCache, Memory, cache_shapes
 from runtime.manifest import Generation, Limits
 from runtime.prompt_cache import PromptCache
+from runtime.query_cache import Statistics
 
 
 class Decoder(TextDecoder):
@@ -40,7 +41,8 @@ class Decoder(TextDecoder):
         self.prompt_cache = PromptCache(prompt_cache_bytes)
         self._embed = embed
         self._language = language
-        self._cache_shapes, self._cache_type = cache_shapes(language), cache_type
+        self._cache_shapes = cache_shapes(language)
+        self._memory = Memory(language, cache_type, keep=2 * len(self._cache_shapes))
 
     def start(
         self, prefix_BQD: Floats, prompts: Sequence[Sequence[int]], max_new_tokens: int
@@ -52,7 +54,7 @@ class Decoder(TextDecoder):
         embeds_BSD, mask_BS = self._left_padded(prefix_BQD, prompts)
         rows, positions, _ = embeds_BSD.shape
         reach = positions + max_new_tokens - 1  # the last token is never fed back
-        cache = KvCache(self._language, self._cache_shapes, self._cache_type, rows, reach)
+        cache = KvCache(self._memory, self._cache_shapes, rows, reach)
         remembers = rows == 1 and self.prompt_cache.max_bytes > 0
         if remembers and (known := self.prompt_cache.longest(prefix_BQD[0], prompts[0])) is not None:
             cache.assign(known)
@@ -61,6 +63,10 @@ class Decoder(TextDecoder):
         if remembers:
             self.prompt_cache.put(prefix_BQD[0], prompts[0], cache.arrays())
         return logits_BV, DecoderSteps(self._embed, cache, mask_BS)
+
+    def statistics(self) -> Statistics:
+        """Counters of the prompt cache, under "prompts"."""
+        return self.prompt_cache.statistics()
 
     def check_positions(self, prompt_positions: int, max_new_tokens: int) -> None:
         """See `TextDecoder`."""

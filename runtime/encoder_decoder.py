@@ -16,7 +16,7 @@ from runtime.decoder import embedded, is_all
 from runtime.decoding.task import Floats, Ids
 from runtime.decoding.text_decoder import TextDecoder
 from runtime.errors import BundleError, InputError
-from runtime.kv_cache import Held, KvCache, cache_shapes
+from runtime.kv_cache import Held, KvCache, Memory, cache_shapes
 from runtime.manifest import Generation, Limits
 
 
@@ -47,7 +47,8 @@ class EncoderDecoder(TextDecoder):
         self._decoder = decoder
         self._start_token_id = generation.start_token_id
         self._cache_shapes, self._cross_shapes = cache_shapes(decoder), cache_shapes(decoder, "cross_")
-        self._cache_type = cache_type
+        tensors = len(self._cache_shapes) + len(self._cross_shapes)
+        self._memory = Memory(decoder, cache_type, keep=2 * tensors)
 
     def start(
         self, prefix_BQD: Floats, prompts: Sequence[Sequence[int]], max_new_tokens: int
@@ -56,9 +57,9 @@ class EncoderDecoder(TextDecoder):
         embeds_BSD, mask_BS = self._right_padded(prefix_BQD, prompts)
         rows, length = mask_BS.shape
         read = self._encoder.run({"inputs_embeds": embeds_BSD, "attention_mask": mask_BS})
-        cross = Held(self._decoder, self._cross_shapes, self._cache_type, rows, length)
+        cross = Held(self._memory, self._cross_shapes, rows, length)
         cross.assign({name: read[name] for name in self._cross_shapes})
-        cache = KvCache(self._decoder, self._cache_shapes, self._cache_type, rows, max_new_tokens)
+        cache = KvCache(self._memory, self._cache_shapes, rows, max_new_tokens)
         steps = EncoderDecoderSteps(self._embed, cache, cross, mask_BS)
         return steps.step(np.full(rows, self._start_token_id, np.int64)), steps
 

@@ -2,13 +2,14 @@
 
 Every tensor has two buffers. A step reads one and writes the other, one position longer, and they change places: so
 nothing is allocated and nothing crosses to the host while a text is said. Rows that change places are copied inside
-one buffer, and only those that moved.
+one buffer, and only those that moved. The buffers of a batch that is gone serve the next one.
 
 A tensor [B, h, P, d] lies packed at the beginning of its buffer, so a row is one block whatever B is.
 
 Shape letters: B rows, h heads, P cached positions, d head width, V vocabulary
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,11 +25,11 @@ Shapes = Mapping[str, tuple[int, int]]
 class Held:
     """Tensors [B, h, P, d] of one batch, as a graph takes them."""
 
-    def __init__(self, engine: Engine, shapes: Shapes, dtype: str, rows: int, reach: int) -> None:
-        """No positions yet; `reach` is how many there may be before another batch joins."""
+    def __init__(self, memory: "Memory", shapes: Shapes, rows: int, reach: int) -> None:
+        """No positions yet; `reach` is how many there may be before another batch joins, ValueError beyond."""
         self.rows, self.positions = rows, 0
         self._reach = reach
-        self._tensors = {name: _Tensor(engine, dtype, *shape) for name, shape in shapes.items()}
+        self._tensors = {name: _Tensor(memory, *shape) for name, shape in shapes.items()}
         self.views: dict[str, View] = self._spare(rows, 0)
         self._swap(self.views, rows, 0)
 
@@ -64,7 +65,7 @@ class Held:
             self.rows = rows
 
     def join(self, other: "Held", *, right: bool) -> None:
-        """The rows of `other` behind the present ones; shorter ones get zeros, in front where `right` aligns the ends."""
+        """The rows of `other` behind the present ones; the shorter get zeros, in front where `right` aligns ends."""
         positions, old = max(self.positions, other.positions), self.views
         self._reach = positions + max(self._reach - self.positions, other._reach - other.positions)
         rows = self.rows + other.rows
@@ -79,8 +80,9 @@ class Held:
 
     def _spare(self, rows: int, positions: int) -> dict[str, View]:
         """Views of the buffers that hold nothing; they are made larger where so many rows could not go on in them."""
-        most = max(positions, self._reach)
-        return {name: tensor.spare(rows, positions, rows + 1, most) for name, tensor in self._tensors.items()}
+        if positions > self._reach:
+            raise ValueError(f"memory was asked for {self._reach} positions, and {positions} are needed")
+        return {name: tensor.spare(rows, positions, rows + 1, self._reach) for name, tensor in self._tensors.items()}
 
     def _swap(self, views: dict[str, View], rows: int, positions: int) -> None:
         for tensor in self._tensors.values():
@@ -91,13 +93,14 @@ class Held:
 class KvCache(Held):
     """What the rows of a batch have read and said: the `past_*` inputs of a decoder, which it gives as `present_*`."""
 
-    def __init__(self, engine: Engine, shapes: Shapes, dtype: str, rows: int, reach: int) -> None:
+    def __init__(self, memory: "Memory", shapes: Shapes, rows: int, reach: int) -> None:
         """No positions yet; `reach` counts all that these rows can come to, prompt and new tokens.
 
-        `shapes` are those of `cache_shapes`, `dtype` is numpy's name of what the graph caches in.
+        `shapes` are those of `cache_shapes`.
         """
-        super().__init__(engine, shapes, dtype, rows, reach)
-        self._engine = engine
+        super().__init__(memory, shapes, rows, reach)
+        self._engine = memory.engine
+        self._present = {name: name.replace("past_", "present_", 1) for name in shapes}
 
     def advance(self, feeds: Feeds) -> npt.NDArray[np.float32]:
         """Run the graph on `inputs_embeds` [B, S, D]: scores [B, V] of the last position, S positions more are cached.
@@ -106,49 +109,83 @@ class KvCache(Held):
         """
         positions = self.positions + feeds["inputs_embeds"].shape[1]
         views = self._spare(self.rows, positions)
-        into = {name.replace("past_", "present_", 1): view for name, view in views.items()}
+        into = {self._present[name]: view for name, view in views.items()}
         logits_BV: npt.NDArray[np.float32] = self._engine.run({**feeds, **self.views}, into)["logits"]
         self._swap(views, self.rows, positions)
         return logits_BV
 
 
+class Memory:
+    """Buffers of an engine that no batch uses any more, for the next: fresh memory costs far more than to write it.
+
+    Safe to share between threads.
+    """
+
+    def __init__(self, engine: Engine, dtype: str, keep: int) -> None:
+        """The `keep` largest ones are kept; `dtype` is numpy's name of what the graph caches in."""
+        self.engine, self._dtype, self._keep = engine, dtype, keep
+        self._free: list[tuple[int, Buffer]] = []
+        """By size, the smallest first."""
+        self._lock = threading.RLock()  # a collected batch may give back while this thread takes
+
+    def take(self, elements: int) -> tuple[int, Buffer]:
+        """A buffer with at least so many elements, and how many it has; nobody else has it."""
+        with self._lock:
+            for place, (size, _) in enumerate(self._free):
+                if size >= elements:
+                    return self._free.pop(place)
+        return elements, self.engine.buffer(elements, self._dtype)
+
+    def give(self, size: int, buffer: Buffer) -> None:
+        """Back from who took it and has no view of it left."""
+        with self._lock:
+            self._free.append((size, buffer))
+            self._free.sort(key=lambda sized: sized[0])
+            del self._free[: max(0, len(self._free) - self._keep)]
+
+
 class _Tensor:
     """Two buffers of one tensor: one holds the present, the other is free."""
 
-    def __init__(self, engine: Engine, dtype: str, heads: int, head_width: int) -> None:
-        self._engine, self._dtype, self._sizes = engine, dtype, (heads, head_width)
-        self._elements = [0, 0]
-        self._buffers: list[Buffer | None] = [None, None]
+    def __init__(self, memory: Memory, heads: int, head_width: int) -> None:
+        self._memory, self._sizes = memory, (heads, head_width)
+        self._buffers: list[tuple[int, Buffer] | None] = [None, None]
+
+    def __del__(self) -> None:
+        for held in self._buffers:
+            if held is not None:
+                self._memory.give(*held)
 
     def present(self, rows: int, positions: int) -> View:
         """So many rows and positions of the buffer in use."""
-        return self._view(0, rows, positions)
+        return self._view(self._buffers[0], rows, positions)
 
     def spare(self, rows: int, positions: int, most_rows: int, most_positions: int) -> View:
-        """So many rows and positions of the free buffer, which gets the largest size if it is smaller."""
-        needed = self._count(most_rows, most_positions)
-        if self._elements[1] < needed or self._buffers[1] is None:
-            self._buffers[1], self._elements[1] = self._engine.buffer(needed, self._dtype), needed
-        return self._view(1, rows, positions)
+        """So many rows and positions of the free buffer, which is changed for a larger one if the most do not fit."""
+        held, needed = self._buffers[1], self._count(most_rows, most_positions)
+        if held is None or held[0] < needed:
+            self._buffers[1] = self._memory.take(needed)
+            if held is not None:
+                self._memory.give(*held)
+        return self._view(self._buffers[1], rows, positions)
 
     def has_room(self, rows: int, positions: int) -> bool:
         """Whether the buffer in use has it."""
-        return self._elements[0] >= self._count(rows, positions)
+        held = self._buffers[0]
+        return held is not None and held[0] >= self._count(rows, positions)
 
     def swap(self) -> None:
         """The free buffer is now the one in use."""
         self._buffers.reverse()
-        self._elements.reverse()
 
     def _count(self, rows: int, positions: int) -> int:
         heads, head_width = self._sizes
         return rows * heads * positions * head_width
 
-    def _view(self, place: int, rows: int, positions: int) -> View:
-        buffer = self._buffers[place]
-        assert buffer is not None, "a tensor is written before it is read"
+    def _view(self, held: tuple[int, Buffer] | None, rows: int, positions: int) -> View:
+        assert held is not None, "a tensor is written before it is read"
         heads, head_width = self._sizes
-        return buffer.view((rows, heads, positions, head_width))
+        return held[1].view((rows, heads, positions, head_width))
 
 
 def cache_shapes(graph: Engine, kind: str = "past_") -> dict[str, tuple[int, int]]:

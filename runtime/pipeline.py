@@ -26,6 +26,7 @@ from runtime.errors import InputError
 from runtime.held_weights import HeldWeights
 from runtime.image_encoder import open_encoder
 from runtime.preprocess import ImageSource, preprocess_batch, sources_of
+from runtime.query_cache import Statistics
 from runtime.speaker import open_decoder
 from runtime.stopwatch import Stopwatch
 from runtime.streaming import Piece, SteadyText
@@ -38,6 +39,10 @@ TOKENIZER = "tokenizer.json"
 
 QFORMER_TOKENIZER = "qformer_tokenizer.json"
 """The Q-Former's tokenizer, in bundles whose Q-Former reads a text."""
+
+PROMPT_SHARE = 4
+"""One part in so many of the memory for what was seen goes to prompts: a prompt's keys and values are hundreds of times
+larger than an image's query vectors, and it is the last few that come again."""
 
 
 class Pipeline(Closing):
@@ -57,9 +62,10 @@ class Pipeline(Closing):
                 f"qforge export CKPT --heads generate"
             )
         self.bundle = bundle
-        self.cache = open_cache(cache_bytes, disk)
         manifest = bundle.manifest
         self._templates = {"caption": manifest.prompts.caption, "vqa": manifest.prompts.vqa}
+        prompt_bytes = cache_bytes // PROMPT_SHARE if manifest.model.style == "decoder-only" else 0
+        self.cache = open_cache(cache_bytes - prompt_bytes, disk)
         self._tokenizer = TextTokenizer(bundle.file(TOKENIZER))
         self._qformer_tokenizer = (
             TextTokenizer(bundle.file(QFORMER_TOKENIZER)) if manifest.model.question_conditioned else None
@@ -70,7 +76,7 @@ class Pipeline(Closing):
                 return opened.enter_context(device.open(bundle, name))
 
             self._encoder = open_encoder(manifest, engine, self.cache)
-            self._decoder = open_decoder(manifest, engine, in_place=updates_in_place(device))
+            self._decoder = open_decoder(manifest, engine, prompt_bytes, updates_in_place(device))
             self._weights = opened.enter_context(HeldWeights(bundle))
             self._engines = opened.pop_all()
 
@@ -226,6 +232,10 @@ class Pipeline(Closing):
 
         self._decoder.check_positions(positions(0), new_tokens)
         return with_latest(bisect_left(range(1, len(turns) + 1), True, key=too_long))
+
+    def statistics(self) -> Statistics:
+        """What was remembered and what came again: by tier of the query cache, and of prompts."""
+        return self.cache.statistics() | self._decoder.statistics()
 
     def close(self) -> None:
         """Free the graphs."""

@@ -58,7 +58,7 @@ class PromptCache:
     def put(self, prefix_QD: npt.NDArray[np.float32], ids: Sequence[int], arrays: Mapping[str, Any]) -> None:
         """Keep the positions of prefix and prompt; whoever calls gives the arrays away.
 
-        An entry that is only a head of this one goes; one larger than the whole bound is not kept.
+        What is only a head of another entry is not kept beside it; nor is what is larger than the whole bound.
         """
         digest, kept = _digest(prefix_QD), dict(arrays)
         size = sum(array.nbytes for array in kept.values())
@@ -68,9 +68,14 @@ class PromptCache:
             array.flags.writeable = False
         key = (digest, tuple(ids))
         with self._lock:
-            heads = [old for old in self._of_prefix.get(digest, ()) if old[1] == key[1][: len(old[1])]]
-            for old in heads:
-                self._drop(old)
+            others = list(self._of_prefix.get(digest, ()))
+            longer = next((old for old in others if old[1][: len(ids)] == key[1]), None)
+            if longer is not None:
+                self._entries.move_to_end(longer)
+                return
+            for old in others:
+                if key[1][: len(old[1])] == old[1]:
+                    self._drop(old)
             self._entries[key] = kept
             self._of_prefix.setdefault(digest, {})[key] = None
             self.bytes += size

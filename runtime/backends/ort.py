@@ -130,7 +130,7 @@ class OrtEngine(Closing):
         self._session.run_with_iobinding(binding)
         if self._device != "cpu":
             binding.synchronize_outputs()
-        values = binding.get_outputs()  # in the order in which they were bound
+        values = binding.get_outputs_as_ortvaluevector()  # in the order in which they were bound
         return {name: values[place].numpy() for place, name in enumerate(returned)}
 
     def close(self) -> None:

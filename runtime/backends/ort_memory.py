@@ -12,6 +12,9 @@ import numpy.typing as npt
 
 from runtime.backends.host import HostBuffer, HostView, check_shape, fitting
 
+MOST_VIEWS = 512
+"""Views that a buffer remembers."""
+
 
 class Bindable(Protocol):
     """What the engine asks of its own views beside `runtime.backends.View`."""
@@ -47,10 +50,18 @@ class OrtHostBuffer:
 
     def __init__(self, ort: Any, elements: int, dtype: str) -> None:
         self._ort, self._memory = ort, HostBuffer(elements, dtype)
+        self._views: dict[tuple[int, ...], OrtHostView] = {}
 
     def view(self, shape: tuple[int, ...]) -> OrtHostView:
         """Its first elements as an array of this shape; ValueError when it has not so many."""
-        return OrtHostView(self._ort, self._memory.array(shape))
+        # The steps of one request have the shapes of another's, and a view takes longer to make than to find.
+        view = self._views.get(shape)
+        if view is None:
+            view = OrtHostView(self._ort, self._memory.array(shape))
+            if len(self._views) >= MOST_VIEWS:
+                self._views.clear()
+            self._views[shape] = view
+        return view
 
 
 class OrtDeviceView:

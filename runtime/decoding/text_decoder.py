@@ -11,6 +11,7 @@ from runtime.decoding.one_by_one import said_by_rows
 from runtime.decoding.task import Floats, Steps, Stops, Task
 from runtime.errors import InputError
 from runtime.manifest import Generation, Limits
+from runtime.query_cache import Statistics
 from runtime.stopwatch import Stopwatch
 
 Prompts = Sequence[Sequence[int]]
@@ -34,6 +35,10 @@ class TextDecoder(ABC):
     @abstractmethod
     def check_positions(self, prompt_positions: int, max_new_tokens: int) -> None:
         """InputError when prefix, prompt and new tokens take more positions than the bundle has."""
+
+    def statistics(self) -> Statistics:
+        """Counters of what was remembered; none for a kind that remembers nothing."""
+        return {}
 
     def generate(
         self,

@@ -195,8 +195,8 @@ def test_logits_of_every_step_equal_one_uncached_pass(name: str, family, asked: 
         speaker = opened._decoder._decoder if name in ENCODER_DECODERS else opened._decoder._language
         run = speaker.run
 
-        def noted(feeds):
-            outputs = run(feeds)
+        def noted(feeds, into):
+            outputs = run(feeds, into)
             seen.append(outputs["logits"][0])
             return outputs
 
@@ -205,6 +205,30 @@ def test_logits_of_every_step_equal_one_uncached_pass(name: str, family, asked: 
     logits = whole_pass(model, request, list(answer.token_ids))[: len(seen)]
     assert len(seen) >= 2
     np.testing.assert_allclose(np.stack(seen), logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ENCODER_DECODERS])
+def test_what_was_read_before_is_not_read_again(name: str, family, asked: list[Request], monkeypatch) -> None:
+    """Turns about one image, each beginning with the one before: the graph begins behind what it knows."""
+    made, fed = family(name), list[int]()
+    turns = ["what is left of it?", "what is left of it? one two", "what is left of it? one two three", "how many?"]
+    requests = [Request(request.image, turn, "{}") for request in asked[:6:3] for turn in (*turns, turns[1])]
+    expected = [answer.token_ids for answer in EagerPipeline(made.model).answer(requests)]
+    with Pipeline(made.bundle, device=Device(threads=1), cache_bytes=1 << 24) as opened:
+        engine = opened._decoder._language
+        run = engine.run
+        monkeypatch.setattr(
+            engine, "run", lambda feeds, into: fed.append(feeds["inputs_embeds"].shape[1]) or run(feeds, into)
+        )
+        found = [opened.answer([request])[0].token_ids for request in requests]
+        counted = opened.statistics()["prompts"]
+    assert found == expected
+    if name not in READS_PROMPTS:  # there the prefix is another for every prompt
+        assert counted["hits"] == len(requests) - 2, "all but the first about each image"
+    queries = made.model.config.qformer.queries
+    whole = sum(queries + len(prompt_ids(made.model, request)) for request in requests)
+    steps = sum(min(len(ids), made.model.config.max_new_tokens - 1) for ids in found)
+    assert counted["hits"] > 0 and sum(fed) - steps < 0.8 * whole
 
 
 @torch.no_grad()

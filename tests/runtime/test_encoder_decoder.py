@@ -67,7 +67,13 @@ class Decoder(HostEngine):
 
     def inputs(self):
         past = ("B", HEADS, "P", HEAD_WIDTH)
-        return {"inputs_embeds": ("B", 1, WIDTH), "past_key_0": past, "past_value_0": past, "cross_key_0": past, "cross_value_0": past}
+        return {
+            "inputs_embeds": ("B", 1, WIDTH),
+            "past_key_0": past,
+            "past_value_0": past,
+            "cross_key_0": past,
+            "cross_value_0": past,
+        }
 
     def compute(self, feeds):
         new = feeds["inputs_embeds"].shape[1]
