@@ -1,10 +1,13 @@
 """Greedy decoding against a small honest language model in numpy: softmax attention over a real KV cache."""
 
+import threading
+
 import numpy as np
 import pytest
 
 from runtime.backends.host import HostEngine
 from runtime.decoder import Decoder
+from runtime.decoding import Decoding
 from runtime.decoding.one_by_one import choose_greedy
 from runtime.errors import CheckFailed, InputError
 from runtime.manifest import Generation, Limits
@@ -69,12 +72,13 @@ class TinyLanguage(HostEngine):
         }
 
 
-def tiny(seed=0, ends=(END,), max_positions=POSITIONS):
+def tiny(seed=0, ends=(END,), max_positions=POSITIONS, prompt_cache_bytes=0):
     rng = np.random.default_rng(seed)
     embed, language = TinyEmbed(rng), TinyLanguage(rng)
     limits = Limits(max_batch=8, max_positions=max_positions, max_question_tokens=4, max_new_tokens=20)
     generation = Generation(eos_token_ids=ends, pad_token_id=PAD, max_new_tokens=10)
-    return embed, language, Decoder(embed, language, generation, limits)
+    decoder = Decoder(embed, language, generation, limits, prompt_cache_bytes=prompt_cache_bytes)
+    return embed, language, decoder
 
 
 def prefixes(count, seed=1):
@@ -133,6 +137,68 @@ def test_any_end_token_ends_and_is_left_out():
     cut = full.index(first_end)
     assert decoder.generate(prefixes(1), [[3]], 10, Stopwatch()) == [full[:cut]]
     assert len(language.calls) == cut + 1, "decoding stops as soon as every row has ended"
+
+
+def test_single_rows_begin_behind_what_is_remembered():
+    """Turns about one image, another image, and the first again; every answer is that of a decoder that forgets."""
+    embed, language, decoder = tiny(ends=(), prompt_cache_bytes=1 << 20)
+    _, _, forgetful = tiny(ends=())
+    asked = [(0, [3, 4]), (0, [3, 4, 5, 6]), (0, [3, 7]), (1, [3, 4]), (0, [3, 4, 5, 6]), (0, [])]
+    prefix_BQD, positions = prefixes(2), []
+    for image, prompt in asked:
+        prefix_1QD = prefix_BQD[image : image + 1]
+        language.calls.clear()
+        found = decoder.generate(prefix_1QD, [prompt], 4, Stopwatch())
+        positions.append(language.calls[0])
+        assert found == forgetful.generate(prefix_1QD, [prompt], 4, Stopwatch())
+        assert found == [recomputed(embed, language, prefix_1QD[0], prompt, 4, ())]
+    assert positions == [3 + 2, 2, 1, 3 + 2, 1, 1]
+    counted = decoder.statistics()["prompts"]
+    assert (counted["hits"], counted["misses"]) == (4, 2)
+    assert counted["bytes"] == 2 * 4 * HEADS * HEAD_WIDTH * (3 + 4 + 3 + 2 + 3 + 2)
+
+
+def test_rows_of_a_batch_are_computed_whole():
+    _, language, decoder = tiny(ends=(), prompt_cache_bytes=1 << 20)
+    for _ in range(2):
+        language.calls.clear()
+        decoder.generate(prefixes(2), [[3, 4], [5]], 2, Stopwatch())
+        assert language.calls == [3 + 2, 1]
+    assert decoder.prompt_cache.hits == decoder.prompt_cache.misses == 0
+
+
+def test_beams_and_streams_begin_there_too():
+    _, language, decoder = tiny(seed=3, prompt_cache_bytes=1 << 20)
+    _, _, forgetful = tiny(seed=3)
+    for decoding in (Decoding(num_beams=3), Decoding(do_sample=True, seed=1, num_return_sequences=3)):
+        for prompt in ([3, 4], [3, 4, 5]):
+            expected = forgetful.generate(prefixes(1), [prompt], 8, Stopwatch(), decoding)
+            assert decoder.generate(prefixes(1), [prompt], 8, Stopwatch(), decoding) == expected
+    expected = forgetful.generate(prefixes(1), [[3, 4, 5]], 8, Stopwatch())
+    language.calls.clear()
+    assert [tuple(decoder.stream(prefixes(1), [3, 4, 5], 8, Stopwatch()))] == expected
+    assert language.calls[0] == 1
+
+
+def test_threads_share_a_decoder():
+    """Each batch has memory of its own, also when it is the memory of one that is gone."""
+    _, _, decoder = tiny(ends=(), prompt_cache_bytes=2000)
+    cases = [(prefixes(rows, rows), [[3 + row] * (1 + (rows + row) % 3) for row in range(rows)]) for rows in (1, 2, 3)]
+    expected = [decoder.generate(*case, 6, Stopwatch()) for case in cases]
+    wrong = []
+
+    def work(offset):
+        for turn in range(30):
+            place = (offset + turn) % len(cases)
+            if decoder.generate(*cases[place], 6, Stopwatch()) != expected[place]:
+                wrong.append(place)
+
+    threads = [threading.Thread(target=work, args=(offset,)) for offset in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_only_empty_prompts():
