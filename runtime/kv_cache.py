@@ -76,13 +76,14 @@ class Held:
         self._swap(views, rows, positions)
 
     def _has_room(self, rows: int) -> bool:
-        return all(tensor.has_room(rows + 1, self._reach) for tensor in self._tensors.values())
+        return all(tensor.has_room((rows + 1) * self._reach) for tensor in self._tensors.values())
 
     def _spare(self, rows: int, positions: int) -> dict[str, View]:
         """Views of the buffers that hold nothing; they are made larger where so many rows could not go on in them."""
         if positions > self._reach:
             raise ValueError(f"memory was asked for {self._reach} positions, and {positions} are needed")
-        return {name: tensor.spare(rows, positions, rows + 1, self._reach) for name, tensor in self._tensors.items()}
+        cells = (rows + 1) * self._reach  # one row more: what rows in a ring go by way of
+        return {name: tensor.spare(rows, positions, cells) for name, tensor in self._tensors.items()}
 
     def _swap(self, views: dict[str, View], rows: int, positions: int) -> None:
         for tensor in self._tensors.values():
@@ -148,7 +149,9 @@ class _Tensor:
     """Two buffers of one tensor: one holds the present, the other is free."""
 
     def __init__(self, memory: Memory, heads: int, head_width: int) -> None:
-        self._memory, self._sizes = memory, (heads, head_width)
+        self._memory, self._heads, self._head_width = memory, heads, head_width
+        self._cell = heads * head_width
+        """Elements of one position of one row."""
         self._buffers: list[tuple[int, Buffer] | None] = [None, None]
 
     def __del__(self) -> None:
@@ -158,34 +161,28 @@ class _Tensor:
 
     def present(self, rows: int, positions: int) -> View:
         """So many rows and positions of the buffer in use."""
-        return self._view(self._buffers[0], rows, positions)
+        held = self._buffers[0]
+        assert held is not None, "a tensor is written before it is read"
+        return held[1].view((rows, self._heads, positions, self._head_width))
 
-    def spare(self, rows: int, positions: int, most_rows: int, most_positions: int) -> View:
-        """So many rows and positions of the free buffer, which is changed for a larger one if the most do not fit."""
-        held, needed = self._buffers[1], self._count(most_rows, most_positions)
-        if held is None or held[0] < needed:
-            self._buffers[1] = self._memory.take(needed)
+    def spare(self, rows: int, positions: int, cells: int) -> View:
+        """So many rows and positions of the free buffer; it is changed for another if it has no room for the cells."""
+        held = self._buffers[1]
+        if held is None or held[0] < cells * self._cell:
+            taken = self._memory.take(cells * self._cell)
             if held is not None:
                 self._memory.give(*held)
-        return self._view(self._buffers[1], rows, positions)
+            self._buffers[1] = held = taken
+        return held[1].view((rows, self._heads, positions, self._head_width))
 
-    def has_room(self, rows: int, positions: int) -> bool:
+    def has_room(self, cells: int) -> bool:
         """Whether the buffer in use has it."""
         held = self._buffers[0]
-        return held is not None and held[0] >= self._count(rows, positions)
+        return held is not None and held[0] >= cells * self._cell
 
     def swap(self) -> None:
         """The free buffer is now the one in use."""
         self._buffers.reverse()
-
-    def _count(self, rows: int, positions: int) -> int:
-        heads, head_width = self._sizes
-        return rows * heads * positions * head_width
-
-    def _view(self, held: tuple[int, Buffer] | None, rows: int, positions: int) -> View:
-        assert held is not None, "a tensor is written before it is read"
-        heads, head_width = self._sizes
-        return held[1].view((rows, heads, positions, head_width))
 
 
 def cache_shapes(graph: Engine, kind: str = "past_") -> dict[str, tuple[int, int]]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from runtime.backends.host import HostBuffer, HostView, check_shape, fitting
 
-MOST_VIEWS = 512
+MOST_VIEWS = 128
 """Views that a buffer remembers."""
 
 
