@@ -99,9 +99,9 @@ class OrtDeviceView:
 
     def move(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copy whole rows, one pair (target, source) after the other."""
-        moved = HostView(np.array(self.numpy()))
-        moved.move(moves)
-        self.assign(moved.numpy())
+        elements = np.array(self._whole.numpy())
+        HostView(elements[: self._count].reshape(self._shape)).move(moves)
+        self._whole.update_inplace(elements)
 
     def bind_input(self, binding: Any, name: str) -> None:
         """Let a run read it."""

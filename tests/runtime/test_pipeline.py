@@ -111,6 +111,22 @@ def test_a_second_question_reuses_the_features_and_a_second_asking_the_prefix(pi
     assert answer.timings_ms["vision"] == answer.timings_ms["qformer"] == 0.0
 
 
+def test_prompts_and_images_share_one_bound(tiny_bundle):
+    with runtime.load(tiny_bundle, cache_bytes=1 << 20) as pipeline:
+        for image in (REDDISH, BLUISH, REDDISH):
+            for prompt in ("photo of", "photo of", "photo of a"):
+                pipeline.caption(image, prompt=prompt)
+        counted = pipeline.statistics()
+    assert counted["memory"]["max_bytes"] + counted["prompts"]["max_bytes"] == 1 << 20
+    assert (counted["prompts"]["hits"], counted["prompts"]["misses"]) == (7, 2)
+    assert 0 < counted["prompts"]["bytes"] <= counted["prompts"]["max_bytes"]
+    with runtime.load(tiny_bundle, cache_bytes=0) as pipeline:
+        texts = [pipeline.caption(image)[0].text for image in (REDDISH, BLUISH, REDDISH)]
+        assert texts == ["a red", "a blue", "a red"]
+        counted = pipeline.statistics()["prompts"]
+    assert counted == dict.fromkeys(counted, 0)
+
+
 def test_timings_and_json(pipeline):
     (answer,) = pipeline.answer([Request(REDDISH, "colour")])
     assert set(answer.timings_ms) == PHASES
