@@ -42,7 +42,7 @@ class Decoder(TextDecoder):
         self._embed = embed
         self._language = language
         self._cache_shapes = cache_shapes(language)
-        self._memory = Memory(language, cache_type, keep=2 * len(self._cache_shapes))
+        self._memory = Memory(language, cache_type)
 
     def start(
         self, prefix_BQD: Floats, prompts: Sequence[Sequence[int]], max_new_tokens: int

@@ -47,8 +47,7 @@ class EncoderDecoder(TextDecoder):
         self._decoder = decoder
         self._start_token_id = generation.start_token_id
         self._cache_shapes, self._cross_shapes = cache_shapes(decoder), cache_shapes(decoder, "cross_")
-        tensors = len(self._cache_shapes) + len(self._cross_shapes)
-        self._memory = Memory(decoder, cache_type, keep=2 * tensors)
+        self._memory = Memory(decoder, cache_type)
 
     def start(
         self, prefix_BQD: Floats, prompts: Sequence[Sequence[int]], max_new_tokens: int

@@ -119,30 +119,37 @@ class KvCache(Held):
 class Memory:
     """Buffers of an engine that no batch uses any more, for the next: fresh memory costs far more than to write it.
 
-    Safe to share between threads.
+    There are never more of them than were once in use at the same time. Safe to share between threads.
     """
 
-    def __init__(self, engine: Engine, dtype: str, keep: int) -> None:
-        """The `keep` largest ones are kept; `dtype` is numpy's name of what the graph caches in."""
-        self.engine, self._dtype, self._keep = engine, dtype, keep
+    def __init__(self, engine: Engine, dtype: str) -> None:
+        """`dtype` is numpy's name of what the graph caches in."""
+        self.engine, self._dtype = engine, dtype
         self._free: list[tuple[int, Buffer]] = []
         """By size, the smallest first."""
+        self._in_use = self._most_in_use = 0
         self._lock = threading.RLock()  # a collected batch may give back while this thread takes
 
     def take(self, elements: int) -> tuple[int, Buffer]:
         """A buffer with at least so many elements, and how many it has; nobody else has it."""
         with self._lock:
-            for place, (size, _) in enumerate(self._free):
-                if size >= elements:
-                    return self._free.pop(place)
-        return elements, self.engine.buffer(elements, self._dtype)
+            place = next((place for place, (size, _) in enumerate(self._free) if size >= elements), None)
+            found = None if place is None else self._free.pop(place)
+            self._in_use += 1
+            self._most_in_use = max(self._most_in_use, self._in_use)
+            self._drop_smallest()
+        return found or (elements, self.engine.buffer(elements, self._dtype))
 
     def give(self, size: int, buffer: Buffer) -> None:
         """Back from who took it and has no view of it left."""
         with self._lock:
+            self._in_use -= 1
             self._free.append((size, buffer))
             self._free.sort(key=lambda sized: sized[0])
-            del self._free[: max(0, len(self._free) - self._keep)]
+            self._drop_smallest()
+
+    def _drop_smallest(self) -> None:
+        del self._free[: max(0, len(self._free) + self._in_use - self._most_in_use)]
 
 
 class _Tensor:

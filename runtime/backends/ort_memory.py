@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from runtime.backends.host import HostBuffer, HostView, check_shape, fitting
 
-MOST_VIEWS = 128
+MOST_VIEWS = 32
 """Views that a buffer remembers."""
 
 

@@ -38,7 +38,7 @@ class Appends(HostEngine):
 
 
 def new_cache(engine, rows, reach, memory=None):
-    return KvCache(memory or Memory(engine, "float32", keep=4), cache_shapes(engine), rows, reach)
+    return KvCache(memory or Memory(engine, "float32"), cache_shapes(engine), rows, reach)
 
 
 def some(rows, positions, seed=0):
@@ -106,7 +106,7 @@ def test_a_step_allocates_less_than_one_cache():
 
 def test_memory_of_a_batch_that_is_gone_serves_the_next():
     engine = Appends()
-    memory = Memory(engine, "float32", keep=4)
+    memory = Memory(engine, "float32")
     for rows, reach in ((2, 8), (1, 8), (2, 5), (1, 3)):
         cache, fed = new_cache(engine, rows, reach, memory), some(rows, 3)
         cache.advance({"inputs_embeds": fed})
@@ -121,7 +121,11 @@ def test_memory_of_a_batch_that_is_gone_serves_the_next():
         cache.advance({"inputs_embeds": fed[:, 7:]})
         holds(cache, fed)
     del first, second, cache
-    assert len(engine.buffers) == 8 and len(memory._free) == 4, "no more is kept than was asked for"
+    assert len(engine.buffers) == len(memory._free) == 8, "as many as were in use together"
+    for reach in range(9, 20):  # each a little larger than all before
+        new_cache(engine, 2, reach, memory).advance({"inputs_embeds": some(2, 3)})
+    sizes = [size for size, _ in memory._free]
+    assert len(sizes) == 8 and min(sizes) == 3 * HEADS * WIDTH * 18, "the largest stay"
 
 
 def test_a_failing_graph_changes_nothing():
@@ -175,7 +179,7 @@ def test_moves_copy_only_rows_that_change(seed):
 @pytest.mark.parametrize(("ours", "theirs"), [(5, 2), (2, 5), (4, 4)])
 def test_rows_join_behind_the_present_ones(right, ours, theirs):
     engine = Appends()
-    memory = Memory(engine, "float32", keep=8)
+    memory = Memory(engine, "float32")
     first, second = some(2, ours, 1), some(3, theirs, 2)
     caches = [new_cache(engine, len(fed), fed.shape[1] + left, memory) for fed, left in ((first, 2), (second, 6))]
     for cache, fed in zip(caches, (first, second), strict=True):
