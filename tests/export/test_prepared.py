@@ -99,10 +99,10 @@ def test_a_graph_that_computes_otherwise_is_left_out(
     bundle = read_bundle(shutil.copytree(bundle_fp32.path, tmp_path / "bundle"))
     run = OrtEngine.run
 
-    def wrong(self: OrtEngine, feeds: Any, **options: Any) -> Any:
+    def wrong(self: OrtEngine, feeds: Any, into: Any = None) -> Any:
         return {
             name: array * 1.001 if "pixels" in feeds and len(made) % 2 else array
-            for name, array in run(self, feeds, **options).items()
+            for name, array in run(self, feeds, into).items()
             if made.append(name) is None
         }
 

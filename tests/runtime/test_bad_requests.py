@@ -195,6 +195,9 @@ def test_no_memory_in_the_engine_costs_one_request(model: Model, monkeypatch: py
     session = engine._session
 
     class Full:
+        def io_binding(self):
+            raise RuntimeError(words)
+
         def run(self, *_):
             raise RuntimeError(words)
 

@@ -42,9 +42,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     run = OrtEngine.run
 
-    def counted(engine: OrtEngine, feeds):
+    def counted(engine: OrtEngine, feeds, into=None):
         seen.append(next(iter(feeds)))
-        return run(engine, feeds)
+        return run(engine, feeds, into)
 
     monkeypatch.setattr(OrtEngine, "run", counted)
     return seen

@@ -6,9 +6,6 @@ runs of the same shapes have the same addresses and become CUDA graphs.
 
 import weakref
 from collections.abc import Mapping
-from typing import Any
-
-import numpy.typing as npt
 
 from runtime.backends import Arrays, Feeds, View
 from runtime.backends.trt.capture import Counts, Graphs, Key, Output

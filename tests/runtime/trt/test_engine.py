@@ -170,6 +170,10 @@ def test_views_stay_on_the_device(bundle: Bundle, opener: FakeOpener) -> None:
         seen.assign(np.full((2, 1, 3), 2.0, np.float32))
         assert seen.numpy().tolist() == np.full((2, 1, 3), 2.0).tolist()
         assert (seen.shape, seen.dtype) == ((2, 1, 3), "float32")
+        rows = vision.buffer(12, "float32").view((4, 1, 3))
+        rows.assign(np.repeat(np.arange(4, dtype=np.float32), 3).reshape(4, 1, 3))
+        rows.move([(3, 0), (0, 1), (1, 3)])
+        assert rows.numpy()[:, 0, 0].tolist() == [1, 0, 2, 0]
 
 
 def test_views_that_do_not_fit(bundle: Bundle, opener: FakeOpener) -> None:
