@@ -1,60 +1,45 @@
 """Beam search: the same hypotheses, scores and stopping rules as transformers' `_beam_search`, row by row.
 
-A row leaves the batch as soon as its own search ends, so no row's text depends on its neighbours.
+Every row has a search of its own, so no row's text depends on its neighbours.
 
-Shape letters: B rows, K beams, C candidates, L tokens so far, V vocabulary
+Shape letters: K beams, C candidates, L tokens so far, V vocabulary
 """
 
 import numpy as np
 
 from runtime.decoding.processors import log_probabilities
-from runtime.decoding.task import Floats, Ids, Steps, Task
+from runtime.decoding.task import Floats, Ids, Task
 
 IMPOSSIBLE = np.float32(-1e9)
 """Added to the score of what must not be chosen, as in transformers."""
 
 
-def beam_search(logits_BV: Floats, steps: Steps, task: Task) -> list[tuple[int, ...]]:
-    """The best `num_return_sequences` texts of every row, best first, without end tokens."""
-    beams, rows = task.decoding.num_beams, len(logits_BV)
-    searches = [RowSearch(task) for _ in range(rows)]
-    going = searches
-    steps.select(np.repeat(np.arange(rows), beams))
-    logits_BV = np.repeat(logits_BV, beams, axis=0)
-    while True:
-        origins = [
-            place * beams + search.advance(log_probabilities(task.checked(logits_BV[place * beams :][:beams])))
-            for place, search in enumerate(going)
-        ]
-        kept = [(search, origin_K) for search, origin_K in zip(going, origins, strict=True) if not search.ended]
-        if not kept:
-            break
-        going = [search for search, _ in kept]
-        steps.select(np.concatenate([origin_K for _, origin_K in kept]))
-        logits_BV = steps.step(np.concatenate([search.running_KL[:, -1] for search in going]))
-    return [text for search in searches for text in search.texts()]
-
-
 class RowSearch:
-    """The hypotheses of one row."""
+    """The hypotheses of one prompt; satisfies `runtime.decoding.task.Search`."""
 
     def __init__(self, task: Task) -> None:
         self._task, beams = task, task.decoding.num_beams
-        self.running_KL = task.given(beams)
+        self._running_KL = task.given(beams)
         """Tokens of the hypotheses that go on, `Task.given` before them."""
-        self.ended = False
+        self._ended = False
         """Whether nothing can be won by going on."""
-        self._given = self.running_KL.shape[1]
+        self._given = self._running_KL.shape[1]
         self._scores_K = np.full(beams, IMPOSSIBLE)
         self._scores_K[0] = 0  # all beams begin alike: without this they would all say the same
         self._finished: list[tuple[np.float32, Ids]] = []
         """At most K, best first."""
         self._improvable = True
 
-    def advance(self, log_KV: Floats) -> Ids:
-        """One token more; the beam [K] that each hypothesis which goes on continues."""
+    @property
+    def rows(self) -> int:
+        """All beams, until the search ends."""
+        return 0 if self._ended else len(self._running_KL)
+
+    def advance(self, scores_KV: Floats) -> tuple[Ids, Ids]:
+        """One token more; the beam [K] that each hypothesis which goes on continues, and its token. See `Search`."""
+        log_KV = log_probabilities(self._task.checked(scores_KV))
         decoding, beams = self._task.decoding, len(log_KV)
-        totals_KV = self._task.processed(log_KV, self.running_KL) + self._scores_K[:, None]
+        totals_KV = self._task.processed(log_KV, self._running_KL) + self._scores_K[:, None]
         scores_C, origins_C, candidates_CL = self._candidates(totals_KV)
         said = candidates_CL.shape[1] - self._given
         over_C = self._over(candidates_CL, said)
@@ -67,11 +52,13 @@ class RowSearch:
             # Candidates beyond the first K are there only so that K can go on; they are never final.
             new = [(ranked[place], candidates_CL[place, self._given :]) for place in np.flatnonzero(over_C[:beams])]
             self._finished = sorted([*self._finished, *new], key=lambda scored: -scored[0])[:beams]
-        self.running_KL, self._scores_K = candidates_CL[going_K], going_C[going_K]
+        self._running_KL, self._scores_K = candidates_CL[going_K], going_C[going_K]
         self._improvable = self._improvable and self._can_improve(said)
         full = len(self._finished) == beams and decoding.early_stopping is True
-        self.ended = bool(not self._improvable or full or over_C.all())
-        return origins_C[going_K]
+        self._ended = bool(not self._improvable or full or over_C.all())
+        if self._ended:
+            return np.arange(0), np.arange(0)
+        return origins_C[going_K], self._running_KL[:, -1]
 
     def texts(self) -> list[tuple[int, ...]]:
         """The best sequences, without the end token."""
@@ -87,7 +74,7 @@ class RowSearch:
         best = np.argpartition(-flat, count - 1)[:count]
         best = best[np.lexsort((best, -flat[best]))]
         origins_C, ids_C = best // vocabulary, best % vocabulary
-        return flat[best], origins_C, np.concatenate([self.running_KL[origins_C], ids_C[:, None]], axis=1)
+        return flat[best], origins_C, np.concatenate([self._running_KL[origins_C], ids_C[:, None]], axis=1)
 
     def _over(self, candidates_CL: Ids, said: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """Which candidates are whole texts."""

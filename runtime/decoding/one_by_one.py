@@ -1,40 +1,59 @@
-"""Greedy decoding and sampling: every row says one token a step, until all have ended.
+"""Greedy decoding and sampling: every row says one token a step, and leaves when its text has ended.
 
 Shape letters: B rows, L tokens so far, V vocabulary
 """
 
-from collections.abc import Callable, Iterator
-
 import numpy as np
 
 from runtime.decoding.processors import probabilities
-from runtime.decoding.task import Floats, Ids, Steps, Task, not_numbers
+from runtime.decoding.task import Floats, Ids, Task, not_numbers
 from runtime.errors import InputError
 
-Choose = Callable[[Floats], Ids]
-"""Scores [B, V] → the token [B] that each row says."""
 
+class OneByOne:
+    """Texts that are said token by token; satisfies `runtime.decoding.task.Search`."""
 
-def said_by_rows(logits_BV: Floats, steps: Steps, task: Task) -> Iterator[list[int | None]]:
-    """One list a step: the token that each row says, None where it has ended. The end token is not said.
+    def __init__(self, task: Task, rows: int) -> None:
+        """`rows` are all sequences of all prompts."""
+        self._task = task
+        self._choose = Draw(task, rows) if task.decoding.do_sample else Likeliest(task)
+        self._history_BL = task.given(rows)
+        self._given = self._history_BL.shape[1]
+        self._texts: list[list[int]] = [[] for _ in range(rows)]
+        self._going = np.arange(rows)
+        """Which text each of the present rows says."""
+        self._remaining = task.max_new_tokens
 
-    A row that has ended is fed pads.
-    """
-    choose = Draw(task, len(logits_BV)) if task.decoding.do_sample else Likeliest(task)
-    eos, pad = task.generation.eos_token_ids, task.generation.pad_token_id
-    history_BL, given = task.given(len(logits_BV)), task.given(0).shape[1]
-    ended_B = np.zeros(len(logits_BV), bool)
-    for remaining in reversed(range(task.max_new_tokens)):
-        ids_B = choose(task.processed(logits_BV, history_BL))
-        ended_B |= np.isin(ids_B, eos)
-        yield [None if ended else int(token) for token, ended in zip(ids_B, ended_B, strict=True)]
-        history_BL = np.concatenate([history_BL, ids_B[:, None]], axis=1)
-        if task.stops is not None:
-            for row in np.flatnonzero(~ended_B):
-                ended_B[row] = task.stops(history_BL[row, given:].tolist())
-        if ended_B.all() or not remaining:
-            return
-        logits_BV = steps.step(np.where(ended_B, pad, ids_B))
+    @property
+    def rows(self) -> int:
+        """Texts that have not ended."""
+        return len(self._going)
+
+    def advance(self, scores_BV: Floats) -> tuple[Ids, Ids]:
+        """One token more of every text; see `Search`. The end token is not said."""
+        ids_B = self._choose(self._task.processed(scores_BV, self._history_BL))
+        over_B = np.isin(ids_B, self._task.generation.eos_token_ids)
+        for text, token, over in zip(self._going, ids_B, over_B, strict=True):
+            if not over:
+                self._texts[text].append(int(token))
+        self._history_BL = np.concatenate([self._history_BL, ids_B[:, None]], axis=1)
+        if self._task.stops is not None:
+            for row in np.flatnonzero(~over_B):
+                over_B[row] = self._task.stops(self._history_BL[row, self._given :].tolist())
+        self._remaining -= 1
+        kept_B = np.flatnonzero(~over_B) if self._remaining else np.arange(0)
+        if len(kept_B) < len(ids_B):
+            self._going, self._history_BL = self._going[kept_B], self._history_BL[kept_B]
+            self._choose.keep(kept_B)
+        return kept_B, ids_B[kept_B]
+
+    def texts(self) -> list[tuple[int, ...]]:
+        """What was said so far, of every row that there was."""
+        return [tuple(text) for text in self._texts]
+
+    def last(self, row: int, known: int) -> list[int]:
+        """What one text said after its first `known` tokens."""
+        return self._texts[row][known:]
 
 
 class Likeliest:
@@ -46,6 +65,9 @@ class Likeliest:
     def __call__(self, scores_BV: Floats) -> Ids:
         """Tokens [B]."""
         return choose_greedy(scores_BV, self._graph)
+
+    def keep(self, rows_B: Ids) -> None:
+        """Nothing is known of single rows."""
 
 
 class Draw:
@@ -74,6 +96,10 @@ class Draw:
             for sums, stream in zip(sums_BV, self._streams, strict=True)
         ]
         return np.array(places, np.int64)
+
+    def keep(self, rows_B: Ids) -> None:
+        """Go on with these rows' streams."""
+        self._streams = [self._streams[row] for row in rows_B]
 
 
 def choose_greedy(scores_BV: Floats, graph: str) -> Ids:

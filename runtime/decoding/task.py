@@ -44,6 +44,29 @@ class Steps(Protocol):
         ...
 
 
+class Search(Protocol):
+    """What one request looks for; its rows may share a batch with those of others.
+
+    A new one has as many rows as `Decoding.width` has for each of its prompts.
+    """
+
+    @property
+    def rows(self) -> int:
+        """How many rows go on; 0 when all is said."""
+        ...
+
+    def advance(self, scores_BV: Floats) -> tuple[Ids, Ids]:
+        """Scores of its rows → (the rows that go on, the token that each of them says).
+
+        A row may go on several times, or not at all. None go on when all is said.
+        """
+        ...
+
+    def texts(self) -> list[tuple[int, ...]]:
+        """What was said, without end tokens: `num_return_sequences` texts of each prompt, one after the other."""
+        ...
+
+
 @dataclass(frozen=True)
 class Task:
     """The rules of one call."""

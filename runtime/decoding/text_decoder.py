@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from runtime.decoding import GREEDY, Decoding
-from runtime.decoding.beams import beam_search
-from runtime.decoding.one_by_one import said_by_rows
+from runtime.decoding.batch import Batch, searches_of
+from runtime.decoding.one_by_one import OneByOne
 from runtime.decoding.task import Floats, Steps, Stops, Task
 from runtime.errors import InputError
 from runtime.manifest import Generation, Limits
@@ -57,7 +57,7 @@ class TextDecoder(ABC):
         Raises:
             InputError: beyond the bundle's limits (new tokens, positions, sequences).
         """
-        task = self._task(prefix_BQD, prompts, max_new_tokens, decoding, stops)
+        task = self.task(prefix_BQD.shape[1], prompts, max_new_tokens, decoding, stops)
         at_once = len(prompts) if decoding.width == 1 else self._limits.max_batch // decoding.width
         texts = list[tuple[int, ...]]()
         for first in range(0, len(prompts), at_once):
@@ -82,32 +82,37 @@ class TextDecoder(ABC):
         Raises:
             InputError: as `generate`, and for what is known only at the end (beams) or is several texts.
         """
-        if decoding.width > 1:
-            name = "num_beams" if decoding.num_beams > 1 else "num_return_sequences"
-            why = "beams may change until the end" if decoding.num_beams > 1 else "a stream is one text"
-            raise InputError(f"{name}: expected 1 in a stream, found {decoding.width}: {why}; do not stream")
-        task = self._task(prefix_1QD, [prompt], max_new_tokens, decoding, stops)
+        check_streamable(decoding)
+        task = self.task(prefix_1QD.shape[1], [prompt], max_new_tokens, decoding, stops)
         with watch.phase("prefill"):
             logits_1V, steps = self.start(prefix_1QD, [prompt], max_new_tokens)
         return self._stream(logits_1V, steps, task, watch)
 
     @staticmethod
     def _stream(logits_1V: Floats, steps: Steps, task: Task, watch: Stopwatch) -> Iterator[int]:
-        said = said_by_rows(logits_1V, steps, task)
+        said, shown = OneByOne(task, 1), 0
+        with watch.phase("decode"):  # what the caller does between two tokens is not charged
+            batch = Batch(logits_1V, steps, [said], np.zeros(1, np.int64))
         while True:
-            with watch.phase("decode"):  # what the caller does between two tokens is not charged
-                step = next(said, None)
-            if step is None or step[0] is None:
+            for token in said.last(0, shown):
+                shown += 1
+                yield token
+            if not batch.searches:
                 return
-            yield step[0]
+            with watch.phase("decode"):
+                batch.step()
 
-    def _task(
-        self, prefix_BQD: Floats, prompts: Prompts, max_new_tokens: int, decoding: Decoding, stops: Stops | None
+    def task(
+        self, queries: int, prompts: Prompts, max_new_tokens: int, decoding: Decoding, stops: Stops | None
     ) -> Task:
-        """The rules of this call, after every check."""
+        """The rules of a call, after every check; `queries` are the positions of a prefix.
+
+        Raises:
+            InputError: beyond the bundle's limits (new tokens, positions, sequences).
+        """
         check_new_tokens(max_new_tokens, self._limits)
         decoding.check_length(max_new_tokens)
-        self.check_positions(prefix_BQD.shape[1] + max(len(prompt) for prompt in prompts), max_new_tokens)
+        self.check_positions(queries + max(len(prompt) for prompt in prompts), max_new_tokens)
         if 1 < decoding.width > self._limits.max_batch:
             name = "num_beams" if decoding.num_beams > 1 else "num_return_sequences"
             raise InputError(
@@ -118,18 +123,19 @@ class TextDecoder(ABC):
 
 
 def _said(logits_BV: Floats, steps: Steps, task: Task) -> list[tuple[int, ...]]:
-    if task.decoding.num_beams > 1:
-        return beam_search(logits_BV, steps, task)
-    sequences = task.decoding.num_return_sequences
-    if sequences > 1:
-        steps.select(np.repeat(np.arange(len(logits_BV)), sequences))
-        logits_BV = np.repeat(logits_BV, sequences, axis=0)
-    texts: list[list[int]] = [[] for _ in logits_BV]
-    for step in said_by_rows(logits_BV, steps, task):
-        for text, token in zip(texts, step, strict=True):
-            if token is not None:
-                text.append(token)
-    return [tuple(text) for text in texts]
+    searches = searches_of(task, len(logits_BV))
+    batch = Batch(logits_BV, steps, searches, np.repeat(np.arange(len(logits_BV)), task.decoding.width))
+    while batch.searches:
+        batch.step()
+    return [text for search in searches for text in search.texts()]
+
+
+def check_streamable(decoding: Decoding) -> None:
+    """InputError for what is known only at the end (beams), or is several texts."""
+    if decoding.width > 1:
+        name = "num_beams" if decoding.num_beams > 1 else "num_return_sequences"
+        why = "beams may change until the end" if decoding.num_beams > 1 else "a stream is one text"
+        raise InputError(f"{name}: expected 1 in a stream, found {decoding.width}: {why}; do not stream")
 
 
 def check_new_tokens(max_new_tokens: int, limits: Limits) -> None:
