@@ -24,6 +24,7 @@ def load(
     provider: "Provider" = "cpu",
     cache_dir: str | Path | None = None,
     cache_dir_bytes: int | None = None,
+    batch_wait_ms: float | None = None,
 ) -> "Pipeline":
     """Read a bundle, check it and open the graphs it answers with.
 
@@ -37,6 +38,9 @@ def load(
         cache_dir: Folder of a query cache on the disk, which processes share; made when missing. None for none.
         cache_dir_bytes: Bound of that folder (bytes), for all who use it from now on; None leaves its own (at first
             4 GiB).
+        batch_wait_ms: A number runs the calls of several threads as one batch, in a thread that `close` ends; a first
+            call then waits at most so long (milliseconds) for others that are reading their image, and never when it
+            is the only one. 0 never waits; 5 is a good start for a server. None: every call runs by itself.
 
     Raises:
         BundleError: the bundle is damaged, incomplete or of another format.
@@ -50,7 +54,11 @@ def load(
 
     device, opened = Device(backend, provider, threads), read_bundle(bundle)
     disk = None if cache_dir is None else DiskCache(cache_dir, opened.manifest.digest, device, cache_dir_bytes)
-    return Pipeline(opened, device=device, cache_bytes=cache_bytes, disk=disk)
+    if batch_wait_ms is None:
+        return Pipeline(opened, device=device, cache_bytes=cache_bytes, disk=disk)
+    from runtime.batching.pipeline import BatchedPipeline
+
+    return BatchedPipeline(opened, device=device, cache_bytes=cache_bytes, disk=disk, max_wait_ms=batch_wait_ms)
 
 
 def load_retrieval(

@@ -54,6 +54,10 @@ class OutOfMemory(QforgeError, MemoryError):
     """The engine found no memory for one request."""
 
 
+class PipelineClosed(QforgeError, RuntimeError):
+    """A pipeline that was closed before it answered."""
+
+
 class OutOfSpace(QforgeError, OSError):
     """The file system took no more bytes while something was written."""
 

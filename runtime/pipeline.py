@@ -110,19 +110,9 @@ class Pipeline(Closing):
             asked, told = [questions[row] for row in rows], [prompts[row] for row in rows]
             said = self.generate(pixels_BCHW, asked, told, new_tokens, watch, decoding)
             generated |= {row: said[place * many : (place + 1) * many] for place, row in enumerate(rows)}
-        texts = [[self._tokenizer.decode(ids) for ids in generated[row]] for row in range(len(requests))]
+        spoken = [self._spoken(generated[row]) for row in range(len(requests))]
         timings_ms = watch.timings_ms()
-        return [
-            Answer(
-                request.image_name,
-                request.question,
-                texts[row][0],
-                generated[row][0],
-                timings_ms,
-                tuple(Alternative(*other) for other in zip(texts[row][1:], generated[row][1:], strict=True)),
-            )
-            for row, request in enumerate(requests)
-        ]
+        return [answer_of(request, texts, timings_ms) for request, texts in zip(requests, spoken, strict=True)]
 
     def caption(
         self, images: ImageSource | Sequence[ImageSource], prompt: str | None = None, *, decoding: Decoding = GREEDY
@@ -241,6 +231,9 @@ class Pipeline(Closing):
         """Free the graphs."""
         self._engines.close()
 
+    def _spoken(self, generated: Sequence[tuple[int, ...]]) -> list[Alternative]:
+        return [Alternative(self._tokenizer.decode(ids), ids) for ids in generated]
+
     def _new_tokens(self, asked: int | None) -> int:
         return self.bundle.manifest.generation.max_new_tokens if asked is None else asked
 
@@ -266,6 +259,13 @@ class Pipeline(Closing):
         if text is None:
             return None
         return cut(self._qformer_tokenizer.encode(text), self.bundle.manifest.limits.max_question_tokens)
+
+
+def answer_of(request: Request, spoken: Sequence[Alternative], timings_ms: dict[str, float]) -> Answer:
+    """What a request got: its first text, and the others."""
+    first, *others = spoken
+    name, question = request.image_name, request.question
+    return Answer(name, question, first.text, first.token_ids, timings_ms, tuple(others))
 
 
 def one_size_batches(sides: Sequence[int | None], largest: int) -> list[list[int]]:

@@ -51,10 +51,6 @@ class OneByOne:
         """What was said so far, of every row that there was."""
         return [tuple(text) for text in self._texts]
 
-    def last(self, row: int, known: int) -> list[int]:
-        """What one text said after its first `known` tokens."""
-        return self._texts[row][known:]
-
 
 class Likeliest:
     """Greedy."""
