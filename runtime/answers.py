@@ -92,7 +92,10 @@ class Answer:
     token_ids: tuple[int, ...]
     """Generated ids, the end token excluded."""
     timings_ms: dict[str, float]
-    """Wall time of the whole batch by phase: preprocess, vision, qformer, prefill, decode, total (milliseconds)."""
+    """Wall time of the whole batch by phase: preprocess, vision, qformer, prefill, decode, total (milliseconds).
+
+    Of a `BatchedPipeline`: of this request, with what it ran together with, and a phase `queue`.
+    """
     alternatives: tuple[Alternative, ...] = ()
     """The other `num_return_sequences` texts, the best beam first."""
 

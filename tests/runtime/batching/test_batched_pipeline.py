@@ -10,6 +10,7 @@ import pytest
 import runtime
 from benchmarks.hammer import hammer, make_asks
 from runtime.answers import Request
+from runtime.batching.job import Job
 from runtime.batching.pipeline import BatchedPipeline
 from runtime.decoding import Decoding
 from runtime.errors import ImageError, InputError, PipelineClosed
@@ -171,10 +172,28 @@ def test_closing_is_told_to_those_who_wait(tiny_bundle: Path, monkeypatch: pytes
         pipeline.caption(REDDISH)
 
 
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_reader_who_goes_away_cancels(
+    pipeline: BatchedPipeline, monkeypatch: pytest.MonkeyPatch, begun: bool, closed: bool
+) -> None:
+    jobs, submit = list[Job](), pipeline._scheduler.submit
+    monkeypatch.setattr(pipeline._scheduler, "submit", lambda prepare: jobs.append(submit(prepare)) or jobs[-1])
+    pieces = pipeline.stream(Request(REDDISH))
+    if begun:
+        next(pieces)
+    assert not jobs[0].cancelled
+    if closed:
+        pieces.close()
+    else:
+        del pieces
+    assert jobs[0].cancelled
+
+
 def test_hammer(tiny_bundle: Path) -> None:
     """Eight threads for two seconds: every answer is the one of a pipeline that nobody shares."""
     found = hammer(tiny_bundle, make_asks(tiny_bundle, 24, seed=0), seconds=2.0, threads=8, warm_up_s=0.5)
-    assert found["answers"] > 100
+    assert found["answers"] > 40
     assert found["different"] == []
     assert set(found["answers_by_kind"]) >= {"greedy", "beams", "drawn", "streamed", "refused"}
     assert min(found["answers_by_kind"].values()) > 0
