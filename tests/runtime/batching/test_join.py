@@ -1,6 +1,7 @@
 """Rows of two prefills in one run: scores are those of each apart, in whatever order they go on."""
 
 import numpy as np
+import pytest
 
 from runtime.decoding.task import Floats, Ids, Steps
 from tests.runtime.decoding.family import Family
@@ -15,7 +16,8 @@ def started(family: Family, rows: list[int]) -> tuple[Ids, Steps]:
     return scores_BV.argmax(axis=1), steps
 
 
-def test_joined_rows_score_as_apart(family: Family) -> None:
+@pytest.mark.parametrize("order", [[4, 0, 0, 3, 5, 1], [3, 1, 2, 0, 4, 5], [5]], ids=str)
+def test_joined_rows_score_as_apart(family: Family, order: list[int]) -> None:
     short, long = [0, 6, 1], [4, 10, 5]  # prompts of 0 or 1, and of 4 or 5 tokens
     for one, other in ((short, long), (long, short)):
         apart = [started(family, one), started(family, other)]
@@ -25,7 +27,7 @@ def test_joined_rows_score_as_apart(family: Family) -> None:
         ids_B = np.concatenate([first_B, second_B])
         expected = np.concatenate([steps.step(ids) for ids, steps in apart])
         np.testing.assert_allclose(joined.step(ids_B), expected, rtol=0, atol=TOLERANCE)
-        order_B = np.array([4, 0, 0, 3, 5, 1])
+        order_B = np.array(order)
         ids_B = expected.argmax(axis=1)
         expected = np.concatenate([apart[0][1].step(ids_B[:3]), apart[1][1].step(ids_B[3:])])
         joined.select(order_B)
