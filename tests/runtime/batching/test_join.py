@@ -6,8 +6,8 @@ import pytest
 from runtime.decoding.task import Floats, Ids, Steps
 from tests.runtime.decoding.family import Family
 
-TOLERANCE = 1e-4
-"""Largest difference of a score; they are about 10, and rows of other batches round otherwise."""
+TOLERANCE = 1e-5
+"""Largest difference of a score; they are about 1, and rows of other batches round otherwise."""
 
 
 def started(family: Family, rows: list[int]) -> tuple[Ids, Steps]:
