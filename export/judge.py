@@ -59,6 +59,9 @@ class JudgingDevice:
     are judged as they are served.
     """
 
+    in_place = False
+    """See `Opener`."""
+
     def open(self, bundle: Bundle, graph_name: str) -> Engine:
         """One graph of a bundle; raises as `Device.open`."""
         return Device(mapped=precision_of(bundle.manifest, graph_name) in FLOATING).open(bundle, graph_name)

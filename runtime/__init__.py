@@ -48,17 +48,13 @@ def load(
         InputError: an unknown backend or provider, a bad number, or a `cache_dir` that is not a cache's.
     """
     from runtime.backends import Device  # here, so that `import runtime` alone stays light
+    from runtime.batching.pipeline import open_pipeline
     from runtime.bundle import read_bundle
     from runtime.disk_cache import DiskCache
-    from runtime.pipeline import Pipeline
 
     device, opened = Device(backend, provider, threads), read_bundle(bundle)
     disk = None if cache_dir is None else DiskCache(cache_dir, opened.manifest.digest, device, cache_dir_bytes)
-    if batch_wait_ms is None:
-        return Pipeline(opened, device=device, cache_bytes=cache_bytes, disk=disk)
-    from runtime.batching.pipeline import BatchedPipeline
-
-    return BatchedPipeline(opened, device=device, cache_bytes=cache_bytes, disk=disk, max_wait_ms=batch_wait_ms)
+    return open_pipeline(opened, device, cache_bytes=cache_bytes, disk=disk, batch_wait_ms=batch_wait_ms)
 
 
 def load_retrieval(

@@ -54,8 +54,8 @@ class OutOfMemory(QforgeError, MemoryError):
     """The engine found no memory for one request."""
 
 
-class PipelineClosed(QforgeError, ValueError):
-    """A pipeline that was closed before it answered; a ValueError, as for a file that is closed."""
+class PipelineClosed(InputError):
+    """A bundle that was closed before it answered; a ValueError, as for a file that is closed."""
 
 
 class OutOfSpace(QforgeError, OSError):

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 from runtime.bundle import PREPARED, Bundle
 from runtime.closing import Closing
-from runtime.errors import BundleError, InputError
+from runtime.errors import BundleError, PipelineClosed
 
 
 class HeldWeights(Closing):
@@ -28,9 +28,9 @@ class HeldWeights(Closing):
             self._opened = opened.pop_all()
 
     def check(self) -> None:
-        """InputError when the bundle was closed, BundleError when a file is not as it was when it was opened."""
+        """PipelineClosed when the bundle was closed, BundleError when a file is not as it was when it was opened."""
         if self._closed:
-            raise InputError(f"{self._bundle.path}: this bundle was closed; load it again")
+            raise PipelineClosed(f"{self._bundle.path}: this bundle was closed; load it again")
         for path, number, before in self._files:
             if _state(number) != before:
                 raise BundleError(

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from runtime.answers import Answer, Request
 from runtime.backends import Device
+from runtime.batching.pipeline import open_pipeline
 from runtime.bundle import Bundle, read_bundle
 from runtime.chat import Chat, ChatAnswer, Turns, split_turns
 from runtime.closing import Closing
@@ -52,7 +53,15 @@ class Model(Closing):
     memory for the request; the model stays usable.
     """
 
-    def __init__(self, bundle: Bundle, *, device: Device, cache_bytes: int, disk: DiskCache | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: Device,
+        cache_bytes: int,
+        disk: DiskCache | None = None,
+        batch_wait_ms: float | None = None,
+    ) -> None:
         """Open what the bundle is for; arguments and errors are those of `load`."""
         self.bundle = bundle
         self._device = device
@@ -62,7 +71,9 @@ class Model(Closing):
         self._retrieval: Retrieval | None = None
         lender = Lender(device)
         if self.answers:
-            self._pipeline = Pipeline(bundle, device=lender, cache_bytes=cache_bytes, disk=disk)
+            self._pipeline = open_pipeline(
+                bundle, lender, cache_bytes=cache_bytes, disk=disk, batch_wait_ms=batch_wait_ms
+            )
             self.cache: Cache = self._pipeline.cache
             """Counters by tier: `cache.statistics()`."""
         else:
@@ -277,6 +288,7 @@ def load(
     provider: Provider = "cpu",
     cache_dir: str | Path | None = None,
     cache_dir_bytes: int | None = None,
+    batch_wait_ms: float | None = None,
 ) -> Model:
     """Read a bundle, check every byte of it and open what it answers (or else searches) with.
 
@@ -284,11 +296,12 @@ def load(
         bundle: The folder that `qforge export` made, with any heads.
         backend: Engine to run the graphs with; see `runtime.backends.available_backends`.
         threads: CPU threads per graph; None takes the physical cores this process may use.
-        cache_bytes: Bound of the query cache in memory (bytes); 0 turns that tier off.
+        cache_bytes: Bound of what is remembered in memory (bytes), images and prompts; 0 remembers neither.
         provider: What computes under backend 'ort': cpu, cuda, tensorrt or openvino; never another one silently.
         cache_dir: Folder of a query cache on the disk, which processes share; made when missing. None for none.
         cache_dir_bytes: Bound of that folder (bytes), for all who use it from now on; None leaves its own (at first
             4 GiB).
+        batch_wait_ms: A number runs the calls of several threads as one batch, None each alone; see `runtime.load`.
 
     Raises:
         BundleError: the bundle is damaged, incomplete or of another format.
@@ -297,4 +310,4 @@ def load(
     """
     device, opened = Device(backend, provider, threads), read_bundle(bundle)
     disk = None if cache_dir is None else DiskCache(cache_dir, opened.manifest.digest, device, cache_dir_bytes)
-    return Model(opened, device=device, cache_bytes=cache_bytes, disk=disk)
+    return Model(opened, device=device, cache_bytes=cache_bytes, disk=disk, batch_wait_ms=batch_wait_ms)

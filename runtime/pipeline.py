@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.answers import Alternative, Answer, Request
-from runtime.backends import CPU, Engine, Opener, updates_in_place
+from runtime.backends import CPU, Engine, Opener
 from runtime.bundle import Bundle
 from runtime.closing import Closing
 from runtime.decoding import GREEDY, Decoding
@@ -76,7 +76,7 @@ class Pipeline(Closing):
                 return opened.enter_context(device.open(bundle, name))
 
             self._encoder = open_encoder(manifest, engine, self.cache)
-            self._decoder = open_decoder(manifest, engine, prompt_bytes, updates_in_place(device))
+            self._decoder = open_decoder(manifest, engine, prompt_bytes, device.in_place)
             self._weights = opened.enter_context(HeldWeights(bundle))
             self._engines = opened.pop_all()
 

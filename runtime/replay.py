@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime.backends import CPU, Device, Engine, Opener, updates_in_place
+from runtime.backends import CPU, Device, Engine, Opener
 from runtime.bundle import Bundle
 from runtime.checks import Check, relative_error
 from runtime.first_use import compare
@@ -58,7 +58,7 @@ def _replay_chain(bundle: Bundle, device: Opener, chain: ChainCase) -> Check:
         for rows in batches:
             prefixes.append(encoder.encode(chain.pixels_BCHW[rows], chain.questions[rows], Stopwatch()))
     with ExitStack() as opened:
-        decoder = open_decoder(manifest, _opener(bundle, device, opened), in_place=updates_in_place(device))
+        decoder = open_decoder(manifest, _opener(bundle, device, opened), in_place=device.in_place)
         for rows, prefix_BQD in zip(batches, prefixes, strict=True):
             found += decoder.generate(prefix_BQD, chain.prompts[rows], chain.max_new_tokens, Stopwatch())
     wrong = sum(ids != expected for ids, expected in zip(found, chain.token_ids, strict=True))

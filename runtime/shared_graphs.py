@@ -11,7 +11,7 @@ class Lender:
     """Opens graphs on a device and remembers them; satisfies `runtime.backends.Opener`."""
 
     def __init__(self, device: Opener) -> None:
-        self._device = device
+        self._device, self.in_place = device, device.in_place
         self._opened: dict[str, Engine] = {}
 
     def open(self, bundle: Bundle, graph_name: str) -> Engine:
@@ -28,7 +28,7 @@ class Borrower:
     """Opens only what is not open yet; satisfies `runtime.backends.Opener`."""
 
     def __init__(self, device: Opener, lent: Mapping[str, Engine]) -> None:
-        self._device, self._lent = device, lent
+        self._device, self._lent, self.in_place = device, lent, device.in_place
 
     def open(self, bundle: Bundle, graph_name: str) -> Engine:
         """One graph: lent, or checked once more and opened.

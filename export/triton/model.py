@@ -68,6 +68,9 @@ class ServedGraph(Closing, HostEngine):
 class Server:
     """Opens the graphs of a bundle as models of this server, named after the chaining one."""
 
+    in_place = False
+    """See `runtime.backends.Opener`."""
+
     def __init__(self, model_name: str) -> None:
         self._model_name = model_name
 

@@ -106,6 +106,11 @@ class Engine(Protocol):
 class Opener(Protocol):
     """Where graphs run: a `Device` here, or another server (Triton) that holds them."""
 
+    @property
+    def in_place(self) -> bool:
+        """Whether its engines update a cache where it lies, so that one of fixed size is the faster."""
+        ...
+
     def open(self, bundle: Bundle, graph_name: str) -> Engine:
         """One graph of a bundle, ready to run."""
         ...
@@ -125,6 +130,11 @@ class Device:
     """On the CPU: weights stay in their file and are read as they are used; slower, and a graph may exceed memory."""
     checked: bool = True
     """Off the CPU: a graph is asked what the bundle recorded before its first answer here; see `runtime.first_use`."""
+
+    @property
+    def in_place(self) -> bool:
+        """See `Opener`."""
+        return self.backend == "trt"
 
     def open(self, bundle: Bundle, graph_name: str) -> Engine:
         """Open one graph of a bundle.
@@ -190,11 +200,6 @@ class Device:
         except BaseException:
             engine.close()
             raise
-
-
-def updates_in_place(device: Opener) -> bool:
-    """Whether its engines update a cache where it lies."""
-    return isinstance(device, Device) and device.backend == "trt"
 
 
 CPU = Device()

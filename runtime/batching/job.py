@@ -42,6 +42,7 @@ class Job:
         self.prefix_QD: Floats | None = None
         """What the language model reads of the image, once it is encoded."""
         self.side, self.question, self.prompt, self.width = side, question, prompt, task.decoding.width
+        self.max_new_tokens = task.max_new_tokens
         self.watch = watch
         self.timings_ms: dict[str, float] = {}
         """By phase, when it has ended well."""

@@ -53,6 +53,7 @@ class BatchedPipeline(Pipeline):
         Raises:
             PipelineClosed: the pipeline was closed meanwhile.
         """
+        self._weights.check()
         if not requests:
             raise InputError("expected at least one request, found none")
         asked = [self._asked(request, max_new_tokens, decoding) for request in requests]  # all are checked first
@@ -81,6 +82,7 @@ class BatchedPipeline(Pipeline):
         Raises:
             PipelineClosed: the pipeline was closed meanwhile.
         """
+        self._weights.check()
         check_streamable(decoding)
         job = self._submitted(self._asked(request, max_new_tokens, decoding), streamed=True)
         return self._pieces(request, job.tokens(), job.watch)
@@ -121,3 +123,12 @@ class _Asked:
     question: list[int] | None
     prompt: list[int]
     task: Task
+
+
+def open_pipeline(
+    bundle: Bundle, device: Opener, *, cache_bytes: int, disk: DiskCache | None, batch_wait_ms: float | None
+) -> Pipeline:
+    """A bundle that answers; one whose callers share batches when `batch_wait_ms` is a number. See `runtime.load`."""
+    if batch_wait_ms is None:
+        return Pipeline(bundle, device=device, cache_bytes=cache_bytes, disk=disk)
+    return BatchedPipeline(bundle, device=device, cache_bytes=cache_bytes, disk=disk, max_wait_ms=batch_wait_ms)

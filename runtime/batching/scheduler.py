@@ -146,7 +146,8 @@ class Scheduler(Closing):
     def _read(self, jobs: Sequence[Job], watch: Stopwatch) -> tuple[Floats, Steps]:
         prefix_BQD = np.stack([job.prefix_QD for job in jobs if job.prefix_QD is not None])
         with watch.phase("prefill"):
-            return self._decoder.start(prefix_BQD, [job.prompt for job in jobs])
+            most = max(job.max_new_tokens for job in jobs)
+            return self._decoder.start(prefix_BQD, [job.prompt for job in jobs], most)
 
     def _add(self, batch: Batch[Job]) -> None:
         if not batch.searches:  # one token was enough

@@ -12,7 +12,7 @@ TOLERANCE = 1e-5
 
 def started(family: Family, rows: list[int]) -> tuple[Ids, Steps]:
     """The likeliest first token of each row, and the rows."""
-    scores_BV, steps = family.decoder.start(family.prefix_BQD[rows], [family.prompts[row] for row in rows])
+    scores_BV, steps = family.decoder.start(family.prefix_BQD[rows], [family.prompts[row] for row in rows], 12)
     return scores_BV.argmax(axis=1), steps
 
 

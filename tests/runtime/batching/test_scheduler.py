@@ -44,8 +44,8 @@ class Gate:
         self._start = workshop.family.decoder.start
         workshop.family.decoder.start = self._started  # type: ignore[method-assign]
 
-    def _started(self, prefix_BQD: Floats, prompts: list[list[int]]) -> tuple[Floats, Steps]:
-        scores_BV, steps = self._start(prefix_BQD, prompts)
+    def _started(self, prefix_BQD: Floats, prompts: list[list[int]], most: int) -> tuple[Floats, Steps]:
+        scores_BV, steps = self._start(prefix_BQD, prompts, most)
         if threading.current_thread() is not self._thread:
             return scores_BV, steps
         step = steps.step
@@ -58,7 +58,7 @@ class Gate:
             if error is not None:
                 raise error
             self.rows.append(len(ids_B))
-            self.positions.append(next(iter(steps._past.values())).shape[2])  # type: ignore[attr-defined]
+            self.positions.append(steps._cache.positions)  # type: ignore[attr-defined]
             return step(ids_B)
 
         steps.step = watched  # type: ignore[method-assign]
@@ -251,10 +251,10 @@ def test_errors_belong_to_their_request(workshop: Open, monkeypatch: pytest.Monk
     first = held(shop, gate, 0)
     prompt = shop.family.prompts[9]
 
-    def breaks(prefix_BQD: Floats, prompts: list[list[int]]) -> tuple[Floats, Steps]:
+    def breaks(prefix_BQD: Floats, prompts: list[list[int]], most: int) -> tuple[Floats, Steps]:
         if prompt in prompts:
             raise MemoryError("prompt 9")
-        return start(prefix_BQD, prompts)
+        return start(prefix_BQD, prompts, most)
 
     monkeypatch.setattr(shop.family.decoder, "start", breaks)
     shop.images.broken = 7

@@ -246,6 +246,7 @@ class FakeOpener:
     cuda: FakeCuda = field(default_factory=FakeCuda)
     plans: dict[str, FakePlan] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    in_place = True
 
     def __post_init__(self) -> None:
         self.session = Session(self.cuda)
