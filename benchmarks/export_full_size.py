@@ -5,7 +5,7 @@ command runs in a process of its own: `qforge export` in fp16, and `qforge build
 About 60 GB of disk are needed meanwhile; everything is deleted again. Nothing is downloaded.
 
     python -m benchmarks.export_full_size --work DIR --out benchmarks/results/export-opt-2.7b.json
-    python -m benchmarks.export_full_size --work DIR --out small.json --size tiny
+    python -m benchmarks.export_full_size --work DIR --out benchmarks/results/export-vit-g.json --size vit-g
 """
 
 import argparse

@@ -54,10 +54,11 @@ class Shape:
 
 SHAPES = {
     "opt-2.7b": Shape(vision_layers=39, language_layers=32, part_bytes=2 * GB),
+    "vit-g": Shape(vision_layers=39, language_layers=2, part_bytes=GB, width=512, vocabulary=8_000),
     "2gb": Shape(vision_layers=6, language_layers=8, part_bytes=GB // 2),
     "tiny": Shape(vision_layers=1, language_layers=4, part_bytes=48 << 20, width=512, vocabulary=8_000),
 }
-"""Published size; a quarter of it in small parts; one for tests."""
+"""Published size; its image side with a small language model; a quarter of it in small parts; one for tests."""
 
 IMPORT = """
 import json, sys, threading, time
