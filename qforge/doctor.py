@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from export.engines.builder import installed_builders
 from export.engines.targets import REACHES
 from qforge import __version__
 from qforge.console import Outcome
@@ -15,9 +14,9 @@ from runtime.backends import available_backends
 from runtime.backends.cores import physical_cores
 from runtime.backends.ort import providers_here
 from runtime.backends.providers import PROVIDERS
-from runtime.backends.trt.choice import installed_engines, lacks
+from runtime.backends.trt.choice import lacks
 from runtime.engine_manifest import EngineName
-from runtime.gpu import compute_capability_here
+from runtime.gpu import compute_capability_here, installed_engines
 
 NEEDS = {
     "answer with a bundle on the CPU": ("cpu", ("onnxruntime",)),
@@ -36,7 +35,7 @@ def doctor() -> Outcome:
     providers = providers_here()
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free_disk_bytes = shutil.disk_usage(Path.cwd()).free
-    builders, gpu = installed_builders(), compute_capability_here()
+    builders, gpu = installed_engines(), compute_capability_here()
     machine = {
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -55,7 +54,7 @@ def doctor() -> Outcome:
         *(f"{package} {version}" for package, version in installed.items()),
     ]
     missing_trt = lacks()
-    runs = ", ".join(f"{engine} {version}" for engine, version in installed_engines().items())
+    runs = ", ".join(f"{engine} {version}" for engine, version in builders.items())
     lines.append(
         "answer with engines on a GPU (--backend trt): " + (f"needs {missing_trt}" if missing_trt else f"yes, {runs}")
     )

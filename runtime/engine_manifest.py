@@ -7,18 +7,18 @@ that says beforehand whether it can load one, so this file says what it is; a fo
         read_engine(bundle, folder).plan("vision")
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError, field_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
 
 from runtime.bundle import ENGINES, Bundle
 from runtime.errors import BundleError
 from runtime.files import sha256_of
 from runtime.manifest import FileEntry, TensorSpec
-from runtime.settings import Settings, first_problem
+from runtime.records import read_record
+from runtime.settings import Settings
 
 ENGINE_MANIFEST = "engine.json"
 ENGINE_FORMAT = 1
@@ -161,17 +161,7 @@ def read_engine(bundle: Bundle, folder: Path, check_hashes: bool = True) -> Buil
     again = "build it again: qforge build"
     if not file.is_file():
         raise BundleError(f"{folder}: expected an engine with {ENGINE_MANIFEST}, found none; remove it or {again}")
-    try:
-        record = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise BundleError(f"{file}: expected JSON, found other data; {again}") from error
-    found = record.get("format") if isinstance(record, dict) else record
-    if found != ENGINE_FORMAT:
-        raise BundleError(f"{file}: expected format {ENGINE_FORMAT}, found {found!r}; upgrade qforge or {again}")
-    try:
-        manifest = EngineManifest.model_validate(record)
-    except ValidationError as error:
-        raise BundleError(f"{file}: {first_problem(error)}; {again}") from error
+    manifest = read_record(file, EngineManifest, ENGINE_FORMAT, again)
     if manifest.bundle_digest != bundle.manifest.digest:
         raise BundleError(
             f"{folder}: expected plans of this bundle ({bundle.manifest.digest[:12]}), found those of another "

@@ -1,7 +1,13 @@
-"""Which NVIDIA GPU is here, asked of the driver itself: one call that works on servers, PCs and Jetsons alike."""
+"""Which NVIDIA GPU is here, asked of the driver itself: one call that works on servers, PCs and Jetsons alike; and
+which TensorRT."""
 
 import ctypes
+import importlib.metadata
 
+from runtime.engine_manifest import EngineName
+
+MODULES: dict[EngineName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""Who builds and runs plans → its module."""
 MAJOR, MINOR = 75, 76
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h."""
 
@@ -20,3 +26,14 @@ def compute_capability_here(library: str = "libcuda.so.1") -> tuple[int, int] | 
         cuda.cuDeviceGetAttribute(ctypes.byref(minor), MINOR, device),
     )
     return None if any(asked) else (major.value, minor.value)
+
+
+def installed_engines() -> dict[EngineName, str]:
+    """Whose plans can be built and run here, with the version; found without loading anything."""
+    found = dict[EngineName, str]()
+    for engine, module in MODULES.items():
+        try:
+            found[engine] = importlib.metadata.version(module.replace("_", "-"))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -8,17 +8,17 @@ A prepared graph is for one bundle, one version of ONNX Runtime and one kind of 
 elsewhere it is left alone, and the graphs are opened from `onnx/` as ever. Every byte is checked before it is used.
 """
 
-import json
 from pathlib import Path
 
-from pydantic import NonNegativeFloat, ValidationError
+from pydantic import NonNegativeFloat
 
 from runtime.backends.cores import cpu_fingerprint
 from runtime.backends.ort import ort_version
 from runtime.bundle import PREPARED, Bundle, require_hashes
 from runtime.errors import BundleError
 from runtime.manifest import FileEntry
-from runtime.settings import Settings, first_problem
+from runtime.records import read_record
+from runtime.settings import Settings
 
 RECORD = "prepared.json"
 FORMAT = 1
@@ -65,17 +65,7 @@ def read_prepared(bundle: Bundle) -> Prepared | None:
     file = bundle.path / PREPARED / RECORD
     if not file.is_file():
         return None
-    try:
-        record = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise BundleError(f"{file}: expected JSON, found other data; {REPAIR} {bundle.path}") from error
-    found = record.get("format") if isinstance(record, dict) else record
-    if found != FORMAT:
-        raise BundleError(f"{file}: expected format {FORMAT}, found {found!r}; upgrade qforge or {REPAIR}")
-    try:
-        return Prepared.model_validate(record)
-    except ValidationError as error:
-        raise BundleError(f"{file}: {first_problem(error)}; {REPAIR} {bundle.path}") from error
+    return read_record(file, Prepared, FORMAT, f"{REPAIR} {bundle.path}")
 
 
 def fits_here(prepared: Prepared, bundle: Bundle) -> bool:

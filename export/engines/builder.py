@@ -4,16 +4,14 @@ TensorRT builds on the GPU that will run the plan. TensorRT-RTX builds for RTX c
 leaves the rest to the GPU's first run; without a GPU it cannot do what needs a driver.
 """
 
-import importlib.metadata
 from dataclasses import dataclass
 from typing import Any
 
 from export.engines.targets import PORTABLE, ComputeCapability, require_reached
 from runtime.engine_manifest import EngineName, EngineOptions
 from runtime.errors import BackendUnavailable, InputError, require
-from runtime.gpu import compute_capability_here
+from runtime.gpu import MODULES, compute_capability_here
 
-MODULES: dict[EngineName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 FIRST_VERSION: dict[EngineName, int] = {"tensorrt": 11, "tensorrt-rtx": 1}
 """Older ones are another API: TensorRT 10 had precision flags and weakly typed networks."""
 
@@ -92,14 +90,3 @@ def open_builder(engine: EngineName) -> Builder:
             f"--upgrade 'qforge[{engine}]'"
         )
     return Builder(engine, version, trt)
-
-
-def installed_builders() -> dict[EngineName, str]:
-    """Builder → version, found without loading it."""
-    found = dict[EngineName, str]()
-    for engine, module in MODULES.items():
-        try:
-            found[engine] = importlib.metadata.version(module.replace("_", "-"))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

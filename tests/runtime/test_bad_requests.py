@@ -121,7 +121,7 @@ def test_max_new_tokens_beyond_the_bundle(model: Model, tokens: int) -> None:
         7,
         ["a.png"],
         np.zeros((2, 2)),
-        io.BytesIO(),
+        pytest.param(io.BytesIO(), id="BytesIO"),
     ],
     ids=repr,
 )

@@ -4,36 +4,24 @@ Every graph that is opened needs a plan; none is quietly left to the CPU, where 
 does not fit is told with its reason, and with the command that builds what does.
 """
 
-import importlib.metadata
 import importlib.util
 import platform
 from pathlib import Path
 
 from runtime.backends.trt.cuda import Gpu
 from runtime.backends.trt.engine import TrtEngine
-from runtime.backends.trt.plan import MODULES, TensorRtPlan
+from runtime.backends.trt.plan import TensorRtPlan
 from runtime.backends.trt.session import session_here
 from runtime.bundle import Bundle
 from runtime.engine_manifest import BuiltEngine, EngineManifest, EngineName, engine_folders, read_engine
 from runtime.errors import BackendUnavailable, BundleError
 from runtime.first_use import Place
-from runtime.gpu import compute_capability_here
+from runtime.gpu import compute_capability_here, installed_engines
 from runtime.user_cache import user_cache
 
 BINDINGS = "cuda"
 """Package that reaches the GPU."""
 ALTERNATIVES = "run with --backend ort, or on a machine with one"
-
-
-def installed_engines() -> dict[EngineName, str]:
-    """Whose plans could be run here, with the version; found without loading anything."""
-    found = dict[EngineName, str]()
-    for engine, module in MODULES.items():
-        try:
-            found[engine] = importlib.metadata.version(module.replace("_", "-"))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def lacks() -> str | None:

@@ -15,9 +15,7 @@ from typing import Any, Protocol
 from runtime.engine_manifest import EngineName
 from runtime.errors import BackendUnavailable, BundleError, require
 from runtime.files import write_bytes_atomic
-
-MODULES: dict[EngineName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Builder → its Python module, which runs its plans too."""
+from runtime.gpu import MODULES
 
 
 class Context(Protocol):

@@ -200,7 +200,7 @@ def test_the_command_explains_them(capsys: pytest.CaptureFixture[str], monkeypat
 
 
 def test_doctor_names_the_builders(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "installed_builders", lambda: {"tensorrt-rtx": "1.7.1", "tensorrt": "11.4"})
+    monkeypatch.setattr(doctor, "installed_engines", lambda: {"tensorrt-rtx": "1.7.1", "tensorrt": "11.4"})
     monkeypatch.setattr(doctor, "compute_capability_here", lambda: None)
     found = doctor.doctor()
     assert "build engines with tensorrt-rtx 1.7.1: for compute capability 7.5, 8.0, 8.6, 8.9, 12.0, 12.1" in found.text
@@ -208,7 +208,7 @@ def test_doctor_names_the_builders(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.data["builders"]["tensorrt"] == {"version": "11.4", "compute_capabilities": []}
     monkeypatch.setattr(doctor, "compute_capability_here", lambda: (9, 0))
     assert "build engines with tensorrt 11.4: for compute capability 9.0" in doctor.doctor().text
-    monkeypatch.setattr(doctor, "installed_builders", dict)
+    monkeypatch.setattr(doctor, "installed_engines", dict)
     assert (
         "build engines with tensorrt-rtx: needs it: pip install 'qforge[export,tensorrt-rtx]'" in doctor.doctor().text
     )

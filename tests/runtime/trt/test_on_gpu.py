@@ -10,11 +10,11 @@ from export.engines.build import build_bundle
 from export.engines.builder import open_builder
 from export.engines.targets import ComputeCapability
 from runtime.backends import CPU, Device
-from runtime.backends.trt.choice import installed_engines, lacks
+from runtime.backends.trt.choice import lacks
 from runtime.backends.trt.engine import TrtEngine
 from runtime.bundle import Bundle
 from runtime.engine_manifest import BuiltEngine, EngineName, EngineOptions
-from runtime.gpu import compute_capability_here
+from runtime.gpu import compute_capability_here, installed_engines
 from runtime.progress import Progress
 from runtime.replay import replay
 from tests.runtime.trt.fakes import with_axes
