@@ -170,7 +170,7 @@ class Pipeline(Closing):
         watch: Stopwatch,
         decoding: Decoding = GREEDY,
     ) -> list[tuple[int, ...]]:
-        """One batch from pixels and ids to generated ids (end token excluded); what `answer` and replay share.
+        """One batch from pixels and ids to generated ids (end token excluded); what `answer` and `qforge tune` share.
 
         A row is `num_return_sequences` texts, one after the other.
         """
