@@ -11,8 +11,10 @@ import torch
 from export.config import ExportConfig
 from export.graphs import Graph, graphs_of
 from export.pipeline import export_bundle
+from runtime.answers import Request
 from runtime.bundle import Bundle, read_bundle
 from runtime.progress import Progress
+from tests.export.family_exports import Family, family_exporter
 from tests.tiny import write_tiny_halves
 from trainer.blip2 import Blip2, new_blip2
 from trainer.checkpoint import load_checkpoint, write_checkpoint
@@ -134,3 +136,30 @@ def bundle_both(export: Export, tmp_path_factory: pytest.TempPathFactory) -> Bun
 def bundle_int8(export: Export, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """INT8 throughout, the language model too."""
     return read_bundle(export(tmp_path_factory.mktemp("bundles") / "int8", CONFIG, precision="int8"))
+
+
+@pytest.fixture(scope="session")
+def images(world: Path) -> list[Path]:
+    return sorted((world / "images").glob("train-*.png"))
+
+
+@pytest.fixture(scope="session")
+def asked(images: list[Path]) -> list[Request]:
+    """24 images, three requests each: a caption, a question, and a prompt or question of another length."""
+    found = []
+    for number, image in enumerate(images):
+        other = Request(image, "how many blue ones are there", "{}") if number % 2 else Request(image, prompt="two")
+        found += [Request(image), Request(image, f"what is left of number {number}?"), other]
+    return found
+
+
+@pytest.fixture(scope="session")
+def family(
+    model: Blip2,
+    bundle_fp32: Bundle,
+    manifests: list[Path],
+    images: list[Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Family]:
+    """Family by name, exported in fp32 when it is first asked for."""
+    return family_exporter(model, bundle_fp32, manifests, images, tmp_path_factory.mktemp("families"))

@@ -4,152 +4,25 @@ Every model has the same vision tower and bridge weights as the tiny model of co
 copied from its bundle; the export judges them again like all others.
 """
 
-import json
-import re
-import shutil
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import numpy_helper
 
-from export import pipeline
 from export.calibration import question_ids
-from export.config import ExportConfig
-from export.graphs import Graph
-from export.pipeline import export_bundle
-from export.precision.cast import cast_graph
-from export.precision.emulate import emulate
-from export.precision.files import read_structure
-from export.precision.half import write_half
 from runtime.answers import Request
 from runtime.backends import Device
-from runtime.bundle import Bundle, read_bundle
-from runtime.checks import relative_error
 from runtime.decoding import Decoding
-from runtime.errors import BackendUnavailable, CheckFailed, InputError
+from runtime.errors import InputError
 from runtime.pipeline import Pipeline
 from runtime.preprocess import preprocess_batch
-from runtime.reference import REFERENCE, read_reference
 from runtime.replay import replay
 from runtime.stopwatch import Stopwatch
-from tests.export.conftest import QUIET
-from tests.families import FAMILIES, SPARE_ROWS, write_family
-from tests.onnx_graphs import run_graph
-from tests.plain import assert_plain
-from trainer.blip2 import Blip2, new_blip2
-from trainer.checkpoint import load_checkpoint, write_checkpoint
+from tests.export.family_exports import ENCODER_DECODERS, READS_PROMPTS, answered, parity
+from tests.families import FAMILIES, SPARE_ROWS
+from trainer.blip2 import Blip2
 from trainer.generate import EagerPipeline
-
-CONFIG = ExportConfig(verification_images=4, calibration_images=4, max_batch=8)
-ENCODER_DECODERS = ("t5", "flan")
-READS_PROMPTS = ("llama", "flan")
-"""Their Q-Former is given the whole prompt, InstructBLIP's way."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """One shape, from checkpoint to bundle."""
-
-    checkpoint: Path
-    model: Blip2
-    bundle: Bundle
-
-    def again(self, out: Path, config: ExportConfig, manifests: list[Path]) -> Bundle:
-        """Exported once more with other settings, from the same traced graphs."""
-        exported = export_bundle(
-            self.checkpoint,
-            out,
-            config,
-            precision="fp32",
-            calibration=manifests,
-            recipe_yaml="{}\n",
-            reuse=self.bundle.path,
-            progress=QUIET,
-        )
-        return read_bundle(exported)
-
-
-@pytest.fixture(scope="session")
-def images(world: Path) -> list[Path]:
-    return sorted((world / "images").glob("train-*.png"))
-
-
-@pytest.fixture(scope="session")
-def asked(images: list[Path]) -> list[Request]:
-    """24 images, three requests each: a caption, a question, and a prompt or question of another length."""
-    found = []
-    for number, image in enumerate(images):
-        other = Request(image, "how many blue ones are there", "{}") if number % 2 else Request(image, prompt="two")
-        found += [Request(image), Request(image, f"what is left of number {number}?"), other]
-    return found
-
-
-@pytest.fixture(scope="session")
-def family(
-    model: Blip2, bundle_fp32: Bundle, manifests: list[Path], images: list[Path], tmp_path_factory
-) -> Callable[[str], Family]:
-    """Family by name, exported in fp32 when it is first asked for."""
-    root, made = tmp_path_factory.mktemp("families"), dict[str, Family]()
-    trace = pipeline.trace
-
-    def traced(graph: Graph, folder: Path) -> Path:
-        if graph.name not in ("vision", "qformer"):
-            return trace(graph, folder)
-        file = folder / bundle_fp32.manifest.graphs[graph.name].file
-        shutil.copyfile(bundle_fp32.graph(graph.name), file)
-        return file
-
-    def exported(name: str) -> Family:
-        config = write_family(name, model.config, root / name / "language").model_copy(
-            update={
-                "qformer_reads": "prompt" if name in READS_PROMPTS else "question",
-                "caption_prompt": "a picture of",
-            }
-        )
-        blip2 = new_blip2(config, question_conditioned=True).eval()
-        blip2.bridge.load_state_dict(model.bridge.state_dict())
-        blip2.config = config.model_copy(update={"end_token_ids": (2, _often_said(blip2, images))})
-        checkpoint = root / name / "checkpoint"
-        checkpoint.mkdir()
-        write_checkpoint(blip2, checkpoint, stage="vqa", metrics={}, recipe_yaml="{}\n")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "trace", traced)
-            out = export_bundle(
-                checkpoint,
-                root / name / "bundle",
-                CONFIG,
-                precision="fp32",
-                calibration=manifests,
-                recipe_yaml="{}\n",
-                reuse=None,
-                progress=QUIET,
-            )
-        return Family(checkpoint, load_checkpoint(checkpoint), read_bundle(out))
-
-    def cached(name: str) -> Family:
-        if name not in made:
-            made[name] = exported(name)
-        return made[name]
-
-    return cached
-
-
-def _often_said(model: Blip2, images: list[Path]) -> int:
-    """A token that random weights love to say, but not first: as end token it lets some answers end early."""
-    answers = [answer.token_ids for answer in EagerPipeline(model).answer([Request(image) for image in images])]
-    first = {ids[0] for ids in answers if ids}
-    return Counter(token for ids in answers for token in ids if token not in first).most_common(1)[0][0]
-
-
-def answered(bundle: Bundle, requests: list[Request]) -> list[tuple[int, ...]]:
-    with Pipeline(bundle, device=Device(threads=1), cache_bytes=0) as opened:
-        return [answer.token_ids for answer in opened.answer(requests)]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -281,10 +154,6 @@ def test_what_the_bundle_states(name: str, family) -> None:
     assert all(check.ok for check in replay(made.bundle))
 
 
-def parity(bundle: Bundle) -> list[dict]:
-    return json.loads((bundle.path / "parity.json").read_text())["graphs"]
-
-
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
 def test_the_encoder_graph_holds_no_more_than_it_needs(name: str, family) -> None:
     """Of the decoder only what makes cross-attention keys and values; no embedding table in either."""
@@ -336,115 +205,3 @@ def test_limits_of_an_encoder_decoder(family, images: list[Path]) -> None:
         prefix = np.zeros((1, 4, 32), np.float32)
         endless = opened._decoder.generate(prefix, [[]], 30, Stopwatch())
         assert len(endless) == 1
-
-
-@pytest.mark.parametrize("name", ["llama", "flan"])
-def test_int8_weights_of_the_language_model(
-    name: str, family, manifests: list[Path], images: list[Path], tmp_path: Path
-) -> None:
-    """Weight-only INT8 in every graph of the language model; close to fp32, and far smaller."""
-    made = family(name)
-    config = CONFIG.model_copy(update={"language_precision": "int8"})
-    loose = config.model_copy(update={"int8": config.int8.model_copy(update={"differing_answers": 1.0})})
-    bundle = made.again(tmp_path / "int8", loose, manifests)
-    names = ("encoder", "decoder") if name in ENCODER_DECODERS else ("language",)
-    assert_plain(made.bundle, names)
-    assert_plain(bundle, names)
-    for graph in names:
-        worst = max(entry["max_error"] for entry in parity(bundle) if entry["graph"] == graph)
-        assert 1e-4 < worst < 0.3
-        assert bundle.manifest.graphs[graph].bytes < 0.6 * made.bundle.manifest.graphs[graph].bytes
-    assert all(len(ids) <= 8 for ids in answered(bundle, [Request(image) for image in images[:3]]))
-
-
-@pytest.mark.parametrize(
-    ("name", "precision", "target"),
-    [
-        ("llama", "fp16", "onnxruntime"),
-        ("flan", "fp16", "onnxruntime"),
-        ("flan", "bf16", "onnxruntime"),
-        ("flan", "int4", "tensorrt"),
-    ],
-)
-def test_other_types_of_the_language_model(
-    name: str, precision: str, target: str, family, manifests: list[Path], images: list[Path], tmp_path: Path
-) -> None:
-    """Written, verified on rounding as a GPU rounds, smaller, and answered with where a CPU can."""
-    made = family(name)
-    steep = {"max_error": 2.0, "min_cosine": 0.8} if precision == "int4" else {}  # random weights feel every rounding
-    loose = getattr(CONFIG, precision).model_copy(update={"differing_answers": 1.0, **steep})
-    config = CONFIG.model_copy(update={"language_precision": precision, "target": target, precision: loose})
-    bundle = made.again(tmp_path / "out", config, manifests)
-    names = ("encoder", "decoder") if name in ENCODER_DECODERS else ("language",)
-    report = json.loads((bundle.path / "precision.json").read_text())
-    for graph in names:
-        assert report[graph]["verified"] == "emulated"
-        assert bundle.manifest.graphs[graph].bytes < 0.65 * made.bundle.manifest.graphs[graph].bytes
-        kept = {node["op"]: node["why"] for node in report[graph]["kept"]}
-        assert "Softmax" in kept
-        assert ("Cos" in kept) == (name == "llama"), "rotary angles are computed from positions"
-        assert ("Log" in kept) == (name == "flan"), "buckets are computed from positions"
-    if precision == "bf16":
-        with pytest.raises(BackendUnavailable, match="computes in BF16"):
-            replay(bundle)
-    else:
-        assert all(check.ok for check in replay(bundle))
-        assert all(answered(bundle, [Request(image) for image in images[:3]]))
-
-
-def test_a_t5_whose_wo_overflows_stays_finite_in_fp16(family, manifests: list[Path], tmp_path: Path) -> None:
-    """66,246 came out of a published T5's `wo`; FP16 ends at 65,504. Another norm behind it makes up for the factor."""
-    made = family("t5")
-    file, plain = tmp_path / "encoder.onnx", tmp_path / "plain.onnx"
-    model = onnx.load(made.bundle.graph("encoder"))
-    (case,) = [case for case in read_reference(made.bundle.file(REFERENCE)).cases if case.graph == "encoder"]
-    activated = {node.output[0] for node in model.graph.node if node.op_type == "Relu"}
-    products = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[0] in activated]
-    assert len(products) == 2
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    last = weights[products[-1].input[1]]
-    last.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(last) * np.float32(1e5), last.name))
-    onnx.save(model, file)
-    shutil.copyfile(file, plain)
-    expected = run_graph(file, case.inputs)
-    kept = {node.node: node.why for node in write_half(file, [case.inputs], (), low="fp16", bridge=False)}
-    assert re.fullmatch(r"reaches [\d,]+ in calibration; FP16 ends at 65,504", kept[products[-1].name])
-    assert products[0].name not in kept
-    cast_graph(read_structure(plain), plain, "fp16", (), ())
-    for path in (file, plain):
-        emulate(path)
-    found = run_graph(file, case.inputs)
-    for name, array in expected.items():
-        assert relative_error(found[name].astype(np.float32), array) < 0.02, name
-    without = run_graph(plain, case.inputs)["encoder_hidden"]
-    assert not np.isfinite(without).all(), "the trap is one"
-
-
-def test_a_wrong_decoder_is_caught(family, manifests: list[Path], tmp_path: Path, monkeypatch) -> None:
-    """The decoder graph traced from other weights than eager's: the judge names it."""
-    made, real = family("t5"), pipeline.trace
-
-    def wrong(graph: Graph, folder: Path) -> Path:
-        if graph.name != "decoder":
-            file = folder / made.bundle.manifest.graphs[graph.name].file
-            shutil.copyfile(made.bundle.graph(graph.name), file)
-            return file
-        head = graph.module.language_model.decoder.final_layer_norm.weight
-        head.data *= 1.01
-        try:
-            return real(graph, folder)
-        finally:
-            head.data /= 1.01
-
-    monkeypatch.setattr(pipeline, "trace", wrong)
-    with pytest.raises(CheckFailed, match=r"graph 'decoder' \(fp32, (prefill|step)\): 'logits' is the worst"):
-        export_bundle(
-            made.checkpoint,
-            tmp_path / "out",
-            CONFIG,
-            precision="fp32",
-            calibration=manifests,
-            recipe_yaml="{}\n",
-            reuse=None,
-            progress=QUIET,
-        )
