@@ -23,7 +23,7 @@ from benchmarks.bandwidth import reading_ms
 from benchmarks.fresh_process import run_fresh
 from benchmarks.machine import cpu_seconds, describe_machine
 from benchmarks.results import json_text
-from benchmarks.transformers_peers import Blip2Peer, write_blip2
+from benchmarks.transformers_peers import SIZES, Blip2Peer, Size, write_blip2
 from runtime import load
 from runtime.answers import Request
 from runtime.backends import Device
@@ -85,20 +85,20 @@ class BundlePeer:
         return [answer.token_ids for answer in self._pipeline.answer(requests, max_new_tokens=tokens, decoding=exactly)]
 
 
-def make(work: Path, data: Path) -> tuple[Path, dict[str, Path]]:
+def make(work: Path, data: Path, size: Size, settings: Sequence[str] = SETTINGS) -> tuple[Path, dict[str, Path]]:
     """(the model as transformers reads it, its bundles); what is there already is used again."""
     source, checkpoint = work / "source", work / "checkpoint"
     if not source.exists():
-        write_blip2(source)
+        write_blip2(source, size)
     if not checkpoint.exists():
         _qforge("import", str(source), "--out", str(checkpoint))
     bundles = dict[str, Path]()
-    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    words = [word for setting in settings for word in ("--set", setting)]
     for name, (precision, language) in FORMS.items():
         bundles[name] = work / f"bundle-{name}"
         if not bundles[name].exists():
             form = ["--precision", precision, "--language-precision", language, "--calibration", str(data)]
-            _qforge("export", str(checkpoint), "--out", str(bundles[name]), *form, *settings)
+            _qforge("export", str(checkpoint), "--out", str(bundles[name]), *form, *words)
     return source, bundles
 
 
@@ -178,10 +178,12 @@ def memory_and_start(checkpoint: Path, bundles: dict[str, Path], images: Sequenc
     return found
 
 
-def run(work: Path, data: Path, rounds: int) -> dict[str, Any]:
+def run(
+    work: Path, data: Path, rounds: int, size: str = "opt-125m", settings: Sequence[str] = SETTINGS
+) -> dict[str, Any]:
     """Make what is missing, then measure."""
     work.mkdir(parents=True, exist_ok=True)
-    source, bundles = make(work, data)
+    source, bundles = make(work, data, SIZES[size], settings)
     images = [row.image for row in read_manifest(data)][: 2 * BATCH]
     fresh = memory_and_start(work / "checkpoint", bundles, images)
     torch.set_num_threads(THREADS)
@@ -197,9 +199,9 @@ def run(work: Path, data: Path, rounds: int) -> dict[str, Any]:
     after = cpu_seconds()
     others = (after[0] - before[0] - (after[1] - before[1])) / (after[0] - before[0])
     return {
-        "what": "BLIP-2 with ViT-B/16 at 224 px, 12-layer Q-Former and OPT-125M, random weights, from file to text",
+        "what": f"BLIP-2 ({size}), random weights, from image file to text",
         "command": "python -m benchmarks.cpu_chain --work DIR --data FILE --out FILE",
-        "settings": {"threads": THREADS, "tokens": TOKENS, "batch": BATCH, "rounds": rounds, "export": list(SETTINGS)},
+        "settings": {"threads": THREADS, "tokens": TOKENS, "batch": BATCH, "rounds": rounds, "export": list(settings)},
         **summarise(taken, bundles),
         "fresh_process": fresh,
         "cpu_share_of_others": round(others, 4),

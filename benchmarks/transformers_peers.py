@@ -1,10 +1,11 @@
 """BLIP-2 as transformers runs it: eager in fp32 and bf16, and compiled by inductor; what a bundle is measured against.
 
-Weights are random and the shapes are published ones (ViT-B/16 at 224 pixels, 12-layer Q-Former, OPT-125M): speed does
-not depend on what the numbers are. All peers answer from image files, as a bundle does.
+Weights are random and the shapes published ones: speed does not depend on what the numbers are. All peers answer from
+image files, as a bundle does.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,44 +17,52 @@ from trainer.config import DEMO
 from trainer.towers import load_tokenizer
 
 QUERIES = 32
-VOCABULARY = 50_272
-TOWER: dict[str, float] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "patch_size": 16,
-    "image_size": 224,
-    "initializer_range": 0.02,
-}
-"""transformers' own tower begins at 1e-10: the ranges of such activations are those of rounding."""
-OPT_125M = {
-    "model_type": "opt",
-    "hidden_size": 768,
-    "word_embed_proj_dim": 768,
-    "ffn_dim": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "vocab_size": VOCABULARY,
-    "eos_token_id": 2,
-}
 
 
-def write_blip2(folder: Path, seed: int = 0) -> int:
-    """Save such a model in fp32 with a processor; returns its number of parameters."""
+@dataclass(frozen=True)
+class Size:
+    """How large the model is, in transformers' words."""
+
+    vision: dict[str, float]
+    """transformers' own tower begins at 1e-10, where the ranges of activations are those of rounding."""
+    qformer: dict[str, int]
+    language: dict[str, int]
+
+
+SIZES = {
+    "opt-125m": Size(
+        {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+        | {"patch_size": 16, "image_size": 224, "initializer_range": 0.02},
+        {"encoder_hidden_size": 768},
+        {"hidden_size": 768, "word_embed_proj_dim": 768, "ffn_dim": 3072, "num_hidden_layers": 12}
+        | {"num_attention_heads": 12, "vocab_size": 50_272},
+    ),
+    "tiny": Size(
+        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+        | {"patch_size": 16, "image_size": 32, "initializer_range": 0.1},
+        {"encoder_hidden_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        | {"num_attention_heads": 2, "cross_attention_frequency": 1},
+        {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 2}
+        | {"num_attention_heads": 2, "vocab_size": 1024},
+    ),
+}
+"""ViT-B/16 at 224 pixels, Q-Former 12 x 768 and OPT-125M; one for tests."""
+
+
+def write_blip2(folder: Path, size: Size, seed: int = 0) -> None:
+    """Save such a model in fp32 with a processor."""
     config = Blip2Config(
-        vision_config=TOWER,
-        qformer_config={"encoder_hidden_size": TOWER["hidden_size"]},
-        text_config=OPT_125M,
+        vision_config=size.vision,
+        qformer_config=size.qformer,
+        text_config={"model_type": "opt", "eos_token_id": 2, **size.language},
         num_query_tokens=QUERIES,
-        image_token_index=VOCABULARY - 1,
+        image_token_index=size.language["vocab_size"] - 1,
     )
     torch.manual_seed(seed)
-    model = Blip2ForConditionalGeneration(config)
-    model.save_pretrained(folder)
-    images = BlipImageProcessorPil(size={"height": TOWER["image_size"], "width": TOWER["image_size"]})
+    Blip2ForConditionalGeneration(config).save_pretrained(folder)
+    side = int(size.vision["image_size"])
+    images = BlipImageProcessorPil(size={"height": side, "width": side})
     Blip2Processor(images, load_tokenizer(DEMO, "language"), QUERIES).save_pretrained(folder)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 class Blip2Peer:

@@ -1,0 +1,47 @@
+"""The chain benchmark at a thousandth of the size: everybody answers, and ratios are those of the samples."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import cpu_chain
+from benchmarks.bandwidth import reading_ms
+from benchmarks.cpu_chain import BATCH, CASES, FORMS, PEERS, TOKENS, run
+from runtime.progress import Progress
+from trainer.config import DemoWorldConfig
+from trainer.demo_world import write_demo_world
+
+SETTINGS = (
+    "export.calibration_images=4",
+    "export.verification_images=4",
+    f"export.max_batch={BATCH}",
+    f"model.max_new_tokens={TOKENS}",
+    "export.int8={max_error: 1, min_cosine: 0.5, differing_answers: 1}",
+    "export.int4={max_error: 2, min_cosine: 0.5, differing_answers: 1}",
+)
+
+
+def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_chain, "PEERS", {name: PEERS[name] for name in ("eager-fp32", "eager-bf16")})
+    world = DemoWorldConfig(train_scenes=12, val_scenes=1, test_scenes=1, image_size=32)
+    data = write_demo_world(world, tmp_path / "data", Progress(quiet=True)) / "captions_train.jsonl"
+    result = run(tmp_path / "work", data, 2, "tiny", SETTINGS)
+    names = {"eager-fp32", "eager-bf16", *FORMS}
+    for case in CASES:
+        assert set(result["cases"][case]) == names
+        for name, found in result["cases"][case].items():
+            assert len(found["samples_ms"]) == 2
+            assert set(found["times_faster_than"]) == ({"eager-fp32", "eager-bf16"} if name in FORMS else set())
+        ours, eager = result["cases"][case]["int8"], result["cases"][case]["eager-fp32"]
+        ratio = np.median(eager["samples_ms"]) / np.median(ours["samples_ms"])
+        assert ours["times_faster_than"]["eager-fp32"]["value"] == pytest.approx(ratio, rel=0.02)
+    for name in FORMS:
+        per_token = result["per_token"][name]
+        assert per_token["of_floor"] == pytest.approx(per_token["ms"] / per_token["floor_ms"], rel=0.05)
+        assert 0 < result["fresh_process"][name]["peak_of_eager"] < 1
+    assert (tmp_path / "work" / "bundle-int8").is_dir(), "kept for a second run"
+
+
+def test_reading_more_takes_longer() -> None:
+    assert reading_ms(64_000_000, 1) > 4 * reading_ms(2_000_000, 1) > 0
