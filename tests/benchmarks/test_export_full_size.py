@@ -39,3 +39,11 @@ def test_the_committed_result_holds_the_promise() -> None:
     peak = result["commands"]["export"]["peak_bytes"]
     assert peak["anonymous"] < 16 * GB, "less than the whole model in FP32"
     assert peak["resident"] < 24 * GB
+
+
+def test_the_image_side_builds_within_16_gb() -> None:
+    result = json.loads(COMMITTED.with_name("export-vit-g.json").read_text())
+    assert result["graph_bytes"]["vision.onnx.data"] > 1.9 * GB
+    assert result["plan_bytes"]["vision.plan"] > 1.9 * GB, "every weight is another one, so the plan holds them all"
+    for command in ("export", "build vision"):
+        assert result["commands"][command]["peak_bytes"]["resident"] < 16 * GB
