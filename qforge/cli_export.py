@@ -186,8 +186,8 @@ def build(
 def prepare(bundle: BundleFolder) -> Outcome:
     """Prepare a bundle's graphs for this machine's processor.
 
-    A bundle then opens several times faster, takes less memory, and processes share its weights; answers stay the
-    same. Takes disk: about twice the graphs. Kept in the bundle's prepared/, used only where it fits.
+    A bundle then opens faster, takes less memory, and processes share its weights; answers stay the same. Takes disk:
+    about twice the graphs. Kept in the bundle's prepared/, used only where it fits.
     """
     from qforge import verbs_build
 
