@@ -44,7 +44,7 @@ class OrtEngine(Closing):
     ) -> None:
         """Open the graph; `threads` None takes every physical core this process may use.
 
-        `spins` lets threads wait for their next piece of work without sleeping, which halves the time of a graph of
+        `spins` lets threads wait for their next piece of work without sleeping, which is faster in a graph of
         many small products; `prepared`: the file was rewritten and packed before; `prepare_as` writes such a file.
         `mapped` leaves weights beside the graph in their file, where onnxruntime's CPU would pack them into memory.
         `fuse_int8` False computes Q/DQ pairs as they stand; see `Manifest.fuses_int8`.
