@@ -23,10 +23,10 @@ from runtime.files import sha256_of, write_json_atomic
 from runtime.precision import Precision
 from runtime.preprocess import load_image
 from runtime.progress import Progress
-from trainer.config import DEMO, DataConfig, ModelConfig
+from trainer.config import DEMO, DataConfig, FeaturesConfig, ModelConfig
 
 if TYPE_CHECKING:
-    from trainer.data import FeatureStore
+    from trainer.data import FeatureSource
     from trainer.train import StageName
 
 MANIFESTS = ("captions_train", "captions_val", "captions_test", "vqa_train", "vqa_val", "vqa_test")
@@ -127,17 +127,18 @@ def train_stage(
         init=init,
         out=folder,
         recipe_yaml=recipe.to_yaml(),
-        store=_features(model.vision, model.vision_layer, model.image_size, out),
+        store=_features(model.vision, model.vision_layer, model.image_size, out, recipe.data.features),
         progress=Progress(),
     )
 
 
 @lru_cache(maxsize=1)
-def _features(vision: str, layer: int, image_size: int | None, out: Path) -> "FeatureStore":
+def _features(vision: str, layer: int, image_size: int | None, out: Path, settings: FeaturesConfig) -> "FeatureSource":
     """One store for the stages of a run, so that an image passes its frozen tower once."""
     from trainer.data import FeatureStore
+    from trainer.features import cached_features
 
-    return FeatureStore()
+    return FeatureStore() if settings.folder is None else cached_features(settings)
 
 
 def export_bundle(recipe: Recipe, precision: Precision, reuse: Path | None, out: Path, folder: Path) -> None:

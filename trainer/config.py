@@ -139,6 +139,17 @@ class DemoWorldConfig(Settings):
     """Seed of the scenes."""
 
 
+class FeaturesConfig(Settings):
+    """Features of the frozen image encoder, kept on the disk from epoch to epoch and from run to run."""
+
+    folder: Path | None = None
+    """Folder that keeps them, in half precision, for any number of runs and image encoders; null: memory alone, exact.
+    """
+    limit_gb: PositiveFloat = 100.0
+    """Most that the folder may hold (10^9 bytes); images beyond pass the encoder each time. ViT-g at 224 pixels: 0.72
+    MB each."""
+
+
 class DataConfig(Settings):
     """Where the image-text pairs come from: a folder of manifests, or the demo world."""
 
@@ -158,6 +169,8 @@ class DataConfig(Settings):
     """Questions reported on at the end."""
     holdout: float = Field(default=0.05, gt=0, lt=1)
     """Share of training images set aside for watching where a `*_val` is null."""
+    features: FeaturesConfig = FeaturesConfig()
+    """Cache of the frozen image encoder's features."""
     demo: DemoWorldConfig = DemoWorldConfig()
     """The demo world, when `root` is absent."""
 

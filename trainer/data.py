@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -84,6 +85,25 @@ def _share(image_id: str) -> float:
 
 
 # Shape letters: B rows, N image tokens, E image width
+class FeatureSource(Protocol):
+    """Where the frozen tower's output comes from: memory (`FeatureStore`) or a folder (`trainer.features`)."""
+
+    broken: dict[Path, str]
+    """Images that cannot be read, and why."""
+
+    def prepare(self, vision: VisionTower, paths: Sequence[Path], progress: Progress) -> None:
+        """Be told what will be asked for, and make ahead what is worth it."""
+        ...
+
+    def many(self, vision: VisionTower, paths: Sequence[Path]) -> list[Tensor | None]:
+        """Features [N, E] of each image; None for one that cannot be read."""
+        ...
+
+    def statistics(self) -> dict[str, int]:
+        """What was found and what was made, for metrics.json; nothing where it says nothing."""
+        ...
+
+
 class FeatureStore:
     """Frozen tower output by image, made once for as many images as fit in memory; one store serves one tower.
 
@@ -96,7 +116,7 @@ class FeatureStore:
         self.broken: dict[Path, str] = {}
         """Images that cannot be read, and why."""
 
-    def fill(self, vision: VisionTower, paths: Sequence[Path], progress: Progress) -> None:
+    def prepare(self, vision: VisionTower, paths: Sequence[Path], progress: Progress) -> None:
         """Encode those of `paths` that are not here yet, until memory is used up."""
         absent = [path for path in dict.fromkeys(paths) if path not in self._features and path not in self.broken]
         chunks = [absent[start : start + ENCODE_BATCH] for start in range(0, len(absent), ENCODE_BATCH)]
@@ -112,7 +132,15 @@ class FeatureStore:
                     self._bytes += features_NE.numel() * features_NE.element_size()
                 bar.advance()
 
-    def get(self, vision: VisionTower, path: Path) -> Tensor | None:
+    def many(self, vision: VisionTower, paths: Sequence[Path]) -> list[Tensor | None]:
+        """Features [N, E] of each image; None for one that cannot be read."""
+        return [self._get(vision, path) for path in paths]
+
+    def statistics(self) -> dict[str, int]:
+        """Nothing: what is kept in memory ends with the process."""
+        return {}
+
+    def _get(self, vision: VisionTower, path: Path) -> Tensor | None:
         """Features [N, E] of an image, encoded now when they were not made ahead; None when it cannot be read."""
         if path in self._features:
             return self._features[path]
@@ -141,11 +169,11 @@ def encode(vision: VisionTower, pixels: list[np.ndarray]) -> Tensor:
 class ImageRows:
     """Rows with their image features; a row whose image cannot be read gives way to the next, so batches stay full."""
 
-    def __init__(self, vision: VisionTower, rows: Sequence[Row], store: FeatureStore, progress: Progress) -> None:
+    def __init__(self, vision: VisionTower, rows: Sequence[Row], store: FeatureSource, progress: Progress) -> None:
         self._vision, self._store = vision, store
         self.rows = rows
         paths = [row.image for row in rows]
-        store.fill(vision, paths, progress)
+        store.prepare(vision, paths, progress)
         if all(path in store.broken for path in paths):
             raise DataError(
                 f"none of the {len(set(paths))} images of {paths[0].parent} can be read; "
@@ -162,13 +190,18 @@ class ImageRows:
 
     def batch(self, indices: Sequence[int]) -> tuple[list[Row], Tensor]:
         """The rows at `indices` (broken ones replaced) and their features [B, N, E]."""
-        rows, features = zip(*(self._readable(index) for index in indices), strict=True)
-        return list(rows), torch.stack(features)
+        rows = [self.rows[index] for index in indices]
+        found = self._store.many(self._vision, [row.image for row in rows])
+        for place, index in enumerate(indices):
+            if found[place] is None:
+                rows[place], found[place] = self._readable_after(index)
+        return rows, torch.stack([features_NE for features_NE in found if features_NE is not None])
 
-    def _readable(self, index: int) -> tuple[Row, Tensor]:
-        for offset in range(len(self.rows)):
+    def _readable_after(self, index: int) -> tuple[Row, Tensor]:
+        """The next row whose image can be read, and its features."""
+        for offset in range(1, len(self.rows)):
             row = self.rows[(index + offset) % len(self.rows)]
-            features_NE = self._store.get(self._vision, row.image)
+            (features_NE,) = self._store.many(self._vision, [row.image])
             if features_NE is not None:
                 return row, features_NE
         raise DataError(f"no image of {len(self.rows)} rows can be read; run `qforge data check` on the manifest")

@@ -23,7 +23,7 @@ from trainer.blip2 import Blip2, new_blip2
 from trainer.bridge import PARTS, Part
 from trainer.checkpoint import load_bridge, read_config, require_halves, write_checkpoint
 from trainer.config import ModelConfig, Stage1Config, StageConfig, VqaConfig
-from trainer.data import FeatureStore, ImageRows, ResolvedData, rows_at
+from trainer.data import FeatureSource, ImageRows, ResolvedData, rows_at
 from trainer.demo_world import scorers_for
 from trainer.generate import EagerPipeline
 from trainer.generative import CaptionObjective, VqaObjective
@@ -75,7 +75,7 @@ def run_stage(
     init: Path | None,
     out: Path,
     recipe_yaml: str,
-    store: FeatureStore,
+    store: FeatureSource,
     progress: Progress,
 ) -> Path:
     """Train one stage from the bridge of checkpoint `init` (None: a fresh one) and write the checkpoint `out`.
@@ -99,6 +99,9 @@ def run_stage(
     history = _fit(stage, blip2, plan, config, seed, partial, progress)
     broken = {path: why for rows in plan.rows for path, why in rows.broken().items()}
     metrics = {"stage": stage, "held_out": history, "broken_images": broken}
+    if features := store.statistics():
+        metrics["features"] = features
+        progress.note(f"{stage}: image features {', '.join(f'{name} {count:,}' for name, count in features.items())}")
     with atomic_folder(out) as folder:
         write_checkpoint(blip2, folder, stage=stage, metrics=metrics, recipe_yaml=recipe_yaml)
     shutil.rmtree(partial, ignore_errors=True)
@@ -112,7 +115,7 @@ def _fresh_parts(model: ModelConfig, given: Sequence[Part]) -> tuple[Part, ...]:
     return ("language",) if model.language is not None and "language" not in given else ()
 
 
-def _plan(model: Blip2, data: ResolvedData, config: StageConfig, store: FeatureStore, progress: Progress) -> Plan:
+def _plan(model: Blip2, data: ResolvedData, config: StageConfig, store: FeatureSource, progress: Progress) -> Plan:
     def with_images(rows: list[Row]) -> ImageRows:
         return ImageRows(model.vision, rows, store, progress)
 

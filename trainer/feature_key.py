@@ -1,0 +1,76 @@
+"""What makes features the same features: the frozen tower with its pixels, and the image."""
+
+import hashlib
+from itertools import chain
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.errors import ImageError, InputError
+from trainer.feature_shards import DIGEST_BYTES
+from trainer.towers import VisionTower
+
+UNTOLD = ("transformers_version", "architectures", "dtype", "torch_dtype")
+"""Keys of a tower's configuration that do not change what it computes, beside those with a leading underscore."""
+
+
+def tower_facts(vision: VisionTower) -> dict[str, Any]:
+    """Everything beside the image that decides features, JSON-able.
+
+    The weights count by content (position tables that were interpolated included), so a folder may move and a hub id
+    is as good as a folder; that reads them once: about a second per GB.
+
+    Raises:
+        InputError: the tower is trained, so its features change with every step.
+    """
+    if any(parameter.requires_grad for parameter in vision.parameters()):
+        raise InputError(
+            "data.features.folder: features of an image encoder that is trained change with every step and cannot be "
+            "kept; keep the encoder frozen, or set data.features.folder to null"
+        )
+    config = {
+        name: value
+        for name, value in vision.model.config.to_dict().items()
+        if name not in UNTOLD and not name.startswith("_")
+    }
+    return {
+        "model": type(vision.model).__name__,
+        "config": config,
+        "weights_sha256": weights_sha256(vision),
+        "layer": vision.layer,
+        "preprocess": vision.preprocess.model_dump(mode="json"),
+    }
+
+
+def weights_sha256(vision: VisionTower) -> str:
+    """Hex SHA-256 over name, type, shape and bytes of every weight and buffer, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(chain(vision.named_parameters(), vision.named_buffers()), key=itemgetter(0)):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def encoded(path: Path) -> bytes:
+    """A file's bytes, read once for hashing and decoding, so that both see the same.
+
+    Raises:
+        ImageError: the file cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path}: expected an image file, found: {error.strerror or error}") from error
+
+
+def image_digest(content: bytes) -> bytes:
+    """First half of the SHA-256 of an encoded image."""
+    return hashlib.sha256(content).digest()[:DIGEST_BYTES]
