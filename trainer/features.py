@@ -27,7 +27,6 @@ from trainer.feature_cache import FeatureCache, Halves, Statistics
 from trainer.feature_key import encoded, image_digest, tower_facts
 from trainer.towers import VisionTower
 
-
 GB = 10**9
 
 

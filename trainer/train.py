@@ -98,7 +98,7 @@ def run_stage(
     partial = out.with_name(f".{out.name}.partial")
     history = _fit(stage, blip2, plan, config, seed, partial, progress)
     broken = {path: why for rows in plan.rows for path, why in rows.broken().items()}
-    metrics = {"stage": stage, "held_out": history, "broken_images": broken}
+    metrics: dict[str, Any] = {"stage": stage, "held_out": history, "broken_images": broken}
     if features := store.statistics():
         metrics["features"] = features
         progress.note(f"{stage}: image features {', '.join(f'{name} {count:,}' for name, count in features.items())}")

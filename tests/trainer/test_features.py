@@ -1,4 +1,4 @@
-"""Features kept on the disk: the tower is spared, nothing foreign or changed hits, and what cannot be kept is refused."""
+"""Features kept on the disk: the tower is spared, nothing foreign or changed hits, what cannot be kept is refused."""
 
 import hashlib
 import json
@@ -235,7 +235,8 @@ from pathlib import Path
 from trainer.feature_cache import FeatureCache
 cache = FeatureCache(Path(sys.argv[1]), {}, 10**9)
 for number in itertools.count():
-    cache.write([hashlib.sha256(repr((number,)).encode()).digest()[:16]], np.full((1, 64, 512), number % 1000, np.float16))
+    digest = hashlib.sha256(repr((number,)).encode()).digest()[:16]
+    cache.write([digest], np.full((1, 64, 512), number % 1000, np.float16))
     print(number, flush=True)
 """
 
