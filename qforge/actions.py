@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from export.config import ExportConfig
 from qforge.recipe import Recipe
 from qforge.report import report_text
-from runtime.dataset import check_manifest, read_manifest
+from runtime.dataset import read_manifest
+from runtime.dataset_check import check_manifest
 from runtime.errors import CheckFailed, require
 from runtime.files import sha256_of, write_json_atomic
 from runtime.precision import Precision

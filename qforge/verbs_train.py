@@ -12,7 +12,7 @@ from qforge.evaluation import reporting
 from qforge.recipe import Recipe, load_recipe, parse_recipe
 from qforge.run import STAGE_FOLDERS, STAGES, Finished, Stage, Start
 from qforge.run import run as run_recipe
-from runtime.dataset import check_manifest
+from runtime.dataset_check import check_manifest
 from runtime.errors import require
 from runtime.progress import Progress
 
