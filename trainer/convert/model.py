@@ -17,7 +17,7 @@ from trainer.checkpoint import FORMAT, INSIDE, WEIGHTS, CheckpointConfig, frozen
 from trainer.config import ModelConfig
 from trainer.convert.check import expected_tensors, require_match
 from trainer.convert.stream import Piece, Pieces, read_weights, write_safetensors, write_weights
-from trainer.train import StageName
+from trainer.plans import StageName
 
 METRICS = "metrics.json"
 """The file that only a folder of ours has: an import may replace what holds it."""
