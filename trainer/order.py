@@ -65,9 +65,7 @@ def _turns(
 
 
 @lru_cache(maxsize=4)
-def _block(
-    block: int, weights: tuple[float, ...], seed: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _block(block: int, weights: tuple[float, ...], seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """`_turns` of all places of one block."""
     before, after = _places_until(block, weights), _places_until(block + 1, weights)
     sources = np.repeat(np.arange(len(weights)), after - before)

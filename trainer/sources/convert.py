@@ -114,5 +114,7 @@ def _write(sources: Sequence[Source], folder: Path) -> None:
                     file.write(json.dumps(as_record(row), ensure_ascii=False) + "\n")
         if not file.tell():
             name = " and ".join(str(source.path) for source in sources)
-            raise DataError(f"{name}: expected at least one usable row, found none" + "".join(f"; {p}" for p in problems[:1]))
+            raise DataError(
+                f"{name}: expected at least one usable row, found none" + "".join(f"; {p}" for p in problems[:1])
+            )
     (folder / LEFT_OUT).write_text(json.dumps({"count": count, "first": problems}, indent=2), encoding="utf-8")

@@ -41,7 +41,9 @@ def _texts(value: Any, part: str) -> list[Any]:
 
 
 def _pair(turn: Any) -> Any:
-    return [turn["question"], turn["answer"]] if isinstance(turn, dict) and {"question", "answer"} <= set(turn) else turn
+    return (
+        [turn["question"], turn["answer"]] if isinstance(turn, dict) and {"question", "answer"} <= set(turn) else turn
+    )
 
 
 def _turns(conversation: list[dict[str, str]], where: str) -> list[list[str]]:
