@@ -44,9 +44,7 @@ def augmented(
     return image
 
 
-def crop_box(
-    size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
+def crop_box(size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator) -> tuple[int, int, int, int]:
     """Left, top, right, bottom of a crop that keeps a share of the area drawn from `scale`."""
     width, height = size
     for _ in range(ATTEMPTS):

@@ -17,16 +17,6 @@ from pydantic import (
     model_validator,
 )
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
-
 from runtime.settings import Settings
 
 DEMO = "demo"

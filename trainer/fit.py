@@ -13,7 +13,6 @@ from runtime.progress import Progress
 from trainer import resume
 from trainer.blip2 import Blip2
 from trainer.config import StageConfig
-from trainer.data import rows_at
 from trainer.draws import StepDraws
 from trainer.optimiser import learning_rate, make_optimiser
 from trainer.plans import STAGE_KINDS, Plan, StageName
@@ -44,15 +43,21 @@ def fit(
     `partial` is the folder of the resume point.
     """
     local = rows_per_rank(stage, config, ranks)
+
+    def drawn(step: int) -> tuple[list[int], StepDraws]:
+        """Rows of this process in a step, and its draws."""
+        draws = StepDraws((seed, STAGE_KINDS[stage].number, step), ranks.index * local, config.batch_size)
+        return plan.rows[0].at_step(step, config.batch_size, seed)[draws.first :][:local], draws
+
     model.train()
-    optimiser = make_optimiser(model.bridge, config)
+    optimiser = make_optimiser(model, config)
     done, history = resume.resume(partial, model, optimiser)
     with progress.bar(stage, config.steps, done=done, items_per_step=config.batch_size) as bar:
         for step in range(done, config.steps):
             began = time.monotonic()
-            draws = StepDraws((seed, STAGE_KINDS[stage].number, step), ranks.index * local, config.batch_size)
+            indices, draws = drawn(step)
+            plan.rows[0].ahead(*drawn(step + 1))
             torch.manual_seed(draws.torch_seed(ranks.index))
-            indices = rows_at(step, config.batch_size, len(plan.rows[0]), seed)[draws.first :][:local]
             with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss, figures = plan.objective.loss(model, indices, draws, ranks)
             value = float(loss.detach())

@@ -42,9 +42,7 @@ class PixelReader:
         for future in self._waiting.values():
             future.cancel()
         places = [(index, draws.key, draws.place(b)) for b, index in enumerate(indices)]
-        self._waiting = {
-            place: self._pool.submit(self._read, place[0], draws, b) for b, place in enumerate(places)
-        }
+        self._waiting = {place: self._pool.submit(self._read, place[0], draws, b) for b, place in enumerate(places)}
 
     def batch(self, indices: Sequence[int], draws: StepDraws | None) -> list[tuple[Row, Pixels]]:
         """The rows at `indices`, broken ones replaced, with their pixels.

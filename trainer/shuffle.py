@@ -28,7 +28,7 @@ def shuffled(places: npt.NDArray[np.int64], count: int, key: tuple[int, ...]) ->
 def feistel(places: npt.NDArray[np.int64], count: int, key: tuple[int, ...]) -> npt.NDArray[np.int64]:
     """`shuffled` by the network, for any count of at least two."""
     half_bits = np.uint64((max(count - 1, 1).bit_length() + 1) // 2)
-    round_keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64)
+    round_keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64).astype(np.uint64)
     rows = _permuted(places.astype(np.uint64), half_bits, round_keys)
     while (outside := rows >= count).any():
         rows[outside] = _permuted(rows[outside], half_bits, round_keys)

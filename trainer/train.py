@@ -8,6 +8,7 @@ import torch
 
 from runtime.files import atomic_folder
 from runtime.progress import Progress
+from runtime.text import MAX_WORDS
 from trainer.blip2 import new_blip2
 from trainer.bridge import PARTS, Part
 from trainer.checkpoint import load_bridge, read_config, require_halves, write_checkpoint
@@ -58,12 +59,15 @@ def run_stage(
         stage, blip2, plan, config, seed=seed, partial=partial, ranks=ranks, progress=progress, watchers=watchers
     )
     broken = {path: why for rows in plan.rows for path, why in rows.broken().items()}
-    metrics = {"stage": stage, "held_out": history, "broken_images": broken}
+    cut = sum(rows.cut_texts for rows in plan.rows)
+    metrics = {"stage": stage, "held_out": history, "broken_images": broken, "cut_texts": cut}
     with atomic_folder(out) as folder:
         write_checkpoint(blip2, folder, stage=stage, metrics=metrics, recipe_yaml=recipe_yaml)
     shutil.rmtree(partial, ignore_errors=True)
     if broken:
         progress.note(f"{stage}: {len(broken)} images could not be read and were replaced; metrics.json names them")
+    if cut:
+        progress.note(f"{stage}: {cut} rows have a text of more than {MAX_WORDS} words, which was read up to there")
     return out
 
 

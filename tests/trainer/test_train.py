@@ -13,9 +13,10 @@ from runtime.files import sha256_of
 from runtime.progress import Progress
 from trainer import fit, plans, train
 from trainer.checkpoint import load_checkpoint
-from trainer.config import ModelConfig, Stage1Config, Stage2Config, StageConfig, VqaConfig
-from trainer.data import FeatureStore, ResolvedData, rows_at
+from trainer.config import DataConfig, ModelConfig, Stage1Config, Stage2Config, StageConfig, VqaConfig
+from trainer.data import FeatureStore, ResolvedData, resolve
 from trainer.optimiser import learning_rate, make_optimiser
+from trainer.order import rows_at
 from trainer.plans import STAGES, StageName
 from trainer.ranks import Ranks
 
@@ -110,12 +111,7 @@ def test_broken_images_are_replaced_and_reported(model_config, data, world, tmp_
     shutil.copytree(world, copy)
     (copy / "images" / "train-00003.png").write_bytes(b"not a picture")
     (copy / "images" / "train-00007.png").unlink()
-    moved = ResolvedData(
-        **{
-            name: copy / path.name if isinstance(path := getattr(data, name), Path) else path
-            for name in data.__dataclass_fields__
-        }
-    )
+    moved = resolve(DataConfig(), copy)
     out = run("stage2", model_config, moved, tmp_path / "out")
     broken = json.loads((out / "metrics.json").read_text())["broken_images"]
     assert sorted(Path(path).name for path in broken) == ["train-00003.png", "train-00007.png"]

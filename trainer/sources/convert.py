@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runtime.dataset import Row, as_record, parse_record
+from runtime.dataset import Row, as_record, parse_record, read_manifest
 from runtime.dataset_check import manifest_entries
 from runtime.errors import DataError
 from trainer.config import Format
@@ -76,6 +76,15 @@ def as_manifest(sources: Sequence[Source]) -> Path:
         return folder / ROWS
 
 
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a data set in any format (one split, or none), for what needs them at once.
+
+    Raises:
+        MissingFile, DataError: see `entries_of`.
+    """
+    return read_manifest(as_manifest([Source(path)]))
+
+
 def left_out(manifest: Path) -> tuple[int, list[str]]:
     """How many entries a conversion could not use, and what was wrong with the first; none for a user's manifest."""
     path = manifest.with_name(LEFT_OUT)
@@ -114,7 +123,6 @@ def _write(sources: Sequence[Source], folder: Path) -> None:
                     file.write(json.dumps(as_record(row), ensure_ascii=False) + "\n")
         if not file.tell():
             name = " and ".join(str(source.path) for source in sources)
-            raise DataError(
-                f"{name}: expected at least one usable row, found none" + "".join(f"; {p}" for p in problems[:1])
-            )
+            first = f"; the first says: {problems[0]}" if problems else ""
+            raise DataError(f"{name}: expected at least one usable row, found none{first}")
     (folder / LEFT_OUT).write_text(json.dumps({"count": count, "first": problems}, indent=2), encoding="utf-8")

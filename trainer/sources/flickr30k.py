@@ -1,4 +1,4 @@
-"""Flickr30k's results files: `results.csv` (image| number| comment) and `results_20130124.token` (image#number TAB text).
+"""Flickr30k's results files: `results.csv` (image| number| text), `results_20130124.token` (image#number TAB text).
 
 One row per image with all its captions. Neither has splits; Karpathy's JSON does.
 """

@@ -76,7 +76,7 @@ def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(shard, "r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # or it remembers every one it has seen
+                tar.members = []  # type: ignore[attr-defined]  # or it remembers every one it has seen
                 if member.isfile():
                     yield member
     except (tarfile.TarError, EOFError) as error:
