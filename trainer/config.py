@@ -5,14 +5,34 @@ one; a recipe says only what differs. pydantic only: reading a recipe never load
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from runtime.settings import Settings
 
 DEMO = "demo"
 """A source that names the small frozen halves shipped in `trainer/demo_halves/`."""
+
+StageName = Literal["stage1", "stage2", "caption", "vqa", "retrieval"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+"""In the order in which they are trained."""
+STARTS_FROM: dict[StageName, StageName | None] = {
+    "stage1": None,
+    "stage2": "stage1",
+    "caption": "stage2",
+    "vqa": "stage2",
+    "retrieval": "stage1",
+}
+"""Whose bridge a stage goes on with, as published: fine-tunes that speak start from stage 2, retrieval from stage 1."""
 
 
 class QFormerConfig(Settings):
@@ -102,6 +122,9 @@ class ModelConfig(Settings):
     """Tokenizer of the Q-Former's text side (a BERT folder as published), or `demo`; null: no text side."""
     qformer: QFormerConfig = QFormerConfig()
     """The bridge that is trained."""
+    qformer_init: str | None = None
+    """Folder or hub id of a BERT (with its masked-language head) that a fresh Q-Former starts from, as published;
+    null: from random weights."""
     caption_prompt: str = ""
     """Text the language model continues with a caption."""
     vqa_prompt: str = "Question: {} Answer:"
@@ -139,6 +162,69 @@ class DemoWorldConfig(Settings):
     """Seed of the scenes."""
 
 
+Format = Literal["manifest", "coco", "karpathy", "flickr30k", "vqav2", "records", "webdataset", "huggingface"]
+"""How a data set is written; `trainer.sources` has a reader for each."""
+
+
+class SourceConfig(Settings):
+    """One data set, and its part in a mixture."""
+
+    path: str
+    """File, folder or shards (`cc3m/{000..331}.tar`), below `data.root`."""
+    format: Format | None = None
+    """How it is written; null: told by its content."""
+    split: str | None = None
+    """Which split of a file that has several: `train`, `train+restval` for two of them, `all`."""
+    images: str | None = None
+    """Folder of the images, below `data.root`; null: the folder of the file."""
+    answers: str | None = None
+    """VQAv2's annotation file, beside its question file in `path`, below `data.root`."""
+    weight: PositiveFloat = 1.0
+    """Share of a mixture, relative to the other sources' weights."""
+
+
+def _as_sources(value: Any) -> Any:
+    """A path alone, a section alone, or a list of both, as a list of sections."""
+    listed = value if isinstance(value, list | tuple) else [value]
+    return tuple({"path": item} if isinstance(item, str) else item for item in listed)
+
+
+Sources = Annotated[
+    tuple[SourceConfig, ...],
+    BeforeValidator(_as_sources, json_schema_input_type=str | SourceConfig | tuple[str | SourceConfig, ...]),
+    Field(min_length=1),
+]
+"""A path, or `{path, format, split, weight …}`, or a list of these that is mixed by weight."""
+
+
+def _named(path: str) -> tuple[SourceConfig, ...]:
+    return (SourceConfig(path=path),)
+
+
+class AugmentConfig(Settings):
+    """Random changes to training images. Any of them sends every image of every step through the frozen tower."""
+
+    crop_scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] | None = None
+    """Share of the area that a random resized crop keeps, from and to (`[0.5, 1.0]` as published); null: no crop."""
+    flip: bool = False
+    """Mirror every other image (as published); not for text that says left and right."""
+    operations: NonNegativeInt = 0
+    """RandAugment operations drawn per image (LAVIS draws 2 for Visual Genome); 0 switches it off."""
+    magnitude: NonNegativeFloat = Field(default=5.0, le=10)
+    """Strength of those operations, of 10."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "AugmentConfig":
+        if self.crop_scale is not None and self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError(f"crop_scale {list(self.crop_scale)} goes from more to less; put the smaller share first")
+        return self
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is changed at all."""
+        return self.crop_scale is not None or self.flip or self.operations > 0
+
+
 class FeaturesConfig(Settings):
     """Features of the frozen image encoder, kept on the disk from epoch to epoch and from run to run."""
 
@@ -151,28 +237,39 @@ class FeaturesConfig(Settings):
 
 
 class DataConfig(Settings):
-    """Where the image-text pairs come from: a folder of manifests, or the demo world."""
+    """Where the image-text pairs come from: data sets below a folder, or the demo world."""
 
     root: Path | None = None
-    """Folder of the manifests; absent: the demo world is drawn beside the run."""
-    captions_train: str = "captions_train.jsonl"
-    """Captions to train on (manifest below `root`)."""
-    captions_val: str | None = "captions_val.jsonl"
+    """Folder of the data sets; absent: the demo world is drawn beside the run."""
+    captions_train: Sources = _named("captions_train.jsonl")
+    """Captions to train on: a path below `root`, a source, or a list of weighted sources."""
+    captions_val: Sources | None = _named("captions_val.jsonl")
     """Captions watched during training; null: `holdout` of the training images."""
-    captions_test: str = "captions_test.jsonl"
+    captions_test: Sources = _named("captions_test.jsonl")
     """Captions reported on at the end; never trained on nor watched."""
-    vqa_train: str = "vqa_train.jsonl"
+    vqa_train: Sources = _named("vqa_train.jsonl")
     """Questions to train on."""
-    vqa_val: str | None = "vqa_val.jsonl"
+    vqa_val: Sources | None = _named("vqa_val.jsonl")
     """Questions watched during training; null: `holdout` of the training images."""
-    vqa_test: str = "vqa_test.jsonl"
+    vqa_test: Sources = _named("vqa_test.jsonl")
     """Questions reported on at the end."""
     holdout: float = Field(default=0.05, gt=0, lt=1)
     """Share of training images set aside for watching where a `*_val` is null."""
+    augment: AugmentConfig = AugmentConfig()
+    """Random changes to training images."""
     features: FeaturesConfig = FeaturesConfig()
-    """Cache of the frozen image encoder's features."""
+    """Cache of the frozen image encoder's features; not for images that are changed at random."""
     demo: DemoWorldConfig = DemoWorldConfig()
     """The demo world, when `root` is absent."""
+
+    @model_validator(mode="after")
+    def _features_are_of_unchanged_images(self) -> "DataConfig":
+        if self.features.folder is not None and self.augment.active:
+            raise ValueError(
+                "features.folder keeps what the image encoder makes of an image, which augment would change at every "
+                "step; set features.folder to null, or switch crop_scale, flip and operations of augment off"
+            )
+        return self
 
 
 class StageConfig(Settings):
@@ -204,6 +301,34 @@ class StageConfig(Settings):
     """Held-out items per measurement."""
     save_every: PositiveInt = 1_000
     """Steps between resume points."""
+    warmup_learning_rate: NonNegativeFloat = 0.0
+    """Rate that warm-up begins with."""
+    projection_rate: PositiveFloat = 1.0
+    """Rate of the projection into the language model, in units of `learning_rate`."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of an exponential moving average of the trained weights, which is then what is measured and saved; 0: none.
+    """
+    image_size: PositiveInt | None = None
+    """Side of the pixels in this stage, positions interpolated from the tower's own; null: `model.image_size`."""
+    train_vision: bool = False
+    """Train the image encoder too; the checkpoint then holds it."""
+    vision_rate: PositiveFloat = 1.0
+    """Rate of the trained image encoder's last layer, in units of `learning_rate`."""
+    vision_layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Rate of each layer of the trained image encoder in units of the next one's; embeddings have the lowest."""
+    vision_checkpointing: bool = False
+    """Compute the trained image encoder's activations again in the backward pass instead of keeping them."""
+
+    @model_validator(mode="after")
+    def _vision_is_trained(self) -> "StageConfig":
+        for name in ("vision_rate", "vision_layer_decay", "vision_checkpointing"):
+            if not self.train_vision and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is for a trained image encoder; set train_vision too, or leave it out")
+        return self
+
+    def adapted(self, model: ModelConfig) -> ModelConfig:
+        """The model section as this stage trains it."""
+        return model if self.image_size is None else model.model_copy(update={"image_size": self.image_size})
 
 
 class Stage1Config(StageConfig):
@@ -221,16 +346,45 @@ class Stage1Config(StageConfig):
     """Weight of image-grounded text generation; 0 switches it off."""
 
 
-class Stage2Config(StageConfig):
+class SpeakingConfig(StageConfig):
+    """What stages share that learn through the language model."""
+
+    language_dropout: bool = False
+    """Keep the frozen language model's dropout on in training, as LAVIS does; off, it is in eval mode."""
+
+
+class Stage2Config(SpeakingConfig):
     """Generative learning with a frozen language model, captions only."""
 
     steps: PositiveInt = 80_000
     batch_size: PositiveInt = 1_920
     min_learning_rate: NonNegativeFloat = 5e-5
+    itc_weight: NonNegativeFloat = 0.0
+    """Weight of image-text contrast kept beside the language model's loss, so that the queries stay aligned; 0: none.
+    """
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    """Smoothing of the ITC targets."""
 
 
-class VqaConfig(StageConfig):
-    """Fine-tune in which the question conditions the Q-Former."""
+class CaptionConfig(SpeakingConfig):
+    """Fine-tune on captions behind a prompt (COCO, paper table 7: 5 epochs of 566,747 captions)."""
+
+    steps: PositiveInt = 11_070
+    batch_size: PositiveInt = 256
+    learning_rate: PositiveFloat = 1e-5
+    min_learning_rate: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 1_000
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    prompt: str = "a photo of"
+    """Text that the language model continues with a caption; it becomes the checkpoint's `caption_prompt`."""
+
+    def adapted(self, model: ModelConfig) -> ModelConfig:
+        """With this stage's prompt, which is then the model's."""
+        return super().adapted(model).model_copy(update={"caption_prompt": self.prompt})
+
+
+class VqaConfig(SpeakingConfig):
+    """Fine-tune in which the question conditions the Q-Former (VQAv2, paper table 8), on dialogues too."""
 
     steps: PositiveInt = 20_000
     batch_size: PositiveInt = 128
@@ -240,3 +394,18 @@ class VqaConfig(StageConfig):
     beta2: float = Field(default=0.999, ge=0, lt=1)
     caption_fraction: float = Field(default=0.25, ge=0, lt=1)
     """Share of each batch that stays image captioning, so that one model keeps both skills."""
+    dialogue_tokens: PositiveInt = 256
+    """Longest prompt (tokens) of a dialogue; its oldest turns that do not fit are left out, as in `qforge chat`."""
+
+
+class RetrievalConfig(Stage1Config):
+    """Fine-tune of stage 1's objective for search (COCO, paper table 9: 5 epochs), measured with re-ranking."""
+
+    steps: PositiveInt = 12_651
+    batch_size: PositiveInt = 224
+    learning_rate: PositiveFloat = 1e-5
+    min_learning_rate: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 1_000
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    candidates: PositiveInt = 128
+    """How many of each ITC ranking are ranked again by ITM logit + ITC cosine when the held-out rows are measured."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,8 +11,10 @@ from runtime.text import normalise_caption
 from trainer.blip2 import Blip2, TextBatch, text_batch
 from trainer.config import Stage1Config
 from trainer.data import ImageRows
+from trainer.draws import StepDraws
 from trainer.losses import IGNORED, hard_negatives, itc_loss, same_image, similarities, text_loss
 from trainer.qformer import ImageKeys
+from trainer.ranks import Ranks
 
 EVAL_BATCH = 64
 
@@ -25,10 +26,12 @@ class Stage1:
     def __init__(self, config: Stage1Config, train: ImageRows, watched: ImageRows) -> None:
         self.config, self.train, self.watched = config, train, watched
 
-    def loss(self, model: Blip2, indices: list[int], rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, model: Blip2, indices: list[int], draws: StepDraws, ranks: Ranks) -> tuple[Tensor, dict[str, float]]:
         """Weighted sum of the three losses for the rows at `indices`, and each of them for display."""
-        rows, features_BNE = self.train.batch(indices)
-        texts = text_batch(model, [normalise_caption(str(rng.choice(row.captions))) for row in rows])
+        rows, features_BNE = self.train.batch(indices, draws)
+        texts = text_batch(
+            model, [normalise_caption(str(draws.row(i).choice(row.captions))) for i, row in enumerate(rows)]
+        )
         same_BB = same_image(_image_numbers(rows))
         bridge, config = model.bridge, self.config
         keys = bridge.image_keys(bridge.post_layernorm(features_BNE))
@@ -62,7 +65,7 @@ class Stage1:
         """Held out, over the watched rows: retrieval R@1 both ways, ITM accuracy, ITG loss per token (nats)."""
         image, text, itg, keys_of, texts_of, seen = [], [], 0.0, [], [], list[Row]()
         for start in range(0, len(self.watched), EVAL_BATCH):
-            rows, features_BNE = self.watched.batch(range(start, min(start + EVAL_BATCH, len(self.watched))))
+            rows, features_BNE = self.watched.batch(range(start, min(start + EVAL_BATCH, len(self.watched))), None)
             texts = text_batch(model, [normalise_caption(row.captions[0]) for row in rows])
             keys = model.bridge.image_keys(model.bridge.post_layernorm(features_BNE))
             image_BQC, generated_BTV = model.bridge.image_and_generation(keys, *_for_generation(model, texts))

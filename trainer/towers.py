@@ -39,13 +39,17 @@ hf_logging.disable_progress_bar()  # a bar for a file read in milliseconds hides
 DEMO_HALVES = Path(__file__).parent / "demo_halves"
 INITIAL_EMBEDDING = 0.1
 """Size at which token and position embeddings of a new small language model start."""
+DECODER_TOKEN = "[DEC]"
+"""Begins a text that the Q-Former generates (ITG); LAVIS adds it to BERT's tokens."""
+PREPROCESSOR = "preprocessor_config.json"
+"""The file of a tower's folder that says how it wants its pixels."""
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers, as preprocessor_config.json stores them."""
 
 
 # Shape letters: B images, N image tokens, E image width
 class VisionTower(nn.Module):
-    """A Hugging Face vision model that hands out one of its hidden states, frozen and in eval mode.
+    """A Hugging Face vision model that hands out one of its hidden states; frozen and in eval mode until `unfreeze`.
 
     `layer` indexes transformers' `hidden_states`: -1 is what the last layer gives, before any norm of the tower itself
     (BLIP-2's final norm is trained and lives in our bridge).
@@ -59,6 +63,8 @@ class VisionTower(nn.Module):
         self.width = int(model.config.hidden_size)
         self.other_sides: tuple[int, ...] = ()
         """Sides (pixels) of further images it reads, beside `preprocess`; see `trainer.any_size`."""
+        self.trained = False
+        """Whether features carry a gradient into the tower."""
         self._options: dict[str, bool] = {}
         if _side(model.config) != preprocess.height:
             self.always_interpolate()
@@ -68,14 +74,61 @@ class VisionTower(nn.Module):
         if "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters:
             self._options = {"interpolate_pos_encoding": True}
 
+    def unfreeze(self, *, checkpointing: bool) -> None:
+        """Let everything be trained that reaches the hidden state handed out, and nothing else.
+
+        What does not reach it (later layers, poolers, the tower's own final norm) would never get a gradient, which
+        stops distributed training. Positions stay at the tower's own size and are interpolated at every pass, the
+        gradient with them: one table for all image sizes (LAVIS resizes the table and trains the result).
+        """
+        for part in self.model.modules():
+            vars(part).pop("interpolate_pos_encoding", None)  # a table for one size in place of the tower's own rule
+        self.trained = True
+        self.model.requires_grad_(True)
+        side, device = self.preprocess.height, next(self.parameters()).device
+        with torch.enable_grad():
+            reached = reached_by(self(torch.zeros(1, 3, side, side, device=device)))
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(parameter in reached)
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.train()
+
+    def layers(self) -> nn.ModuleList:
+        """The tower's layers, the first to see the image first."""
+        count = self.model.config.num_hidden_layers
+        stacks = (part for part in self.model.modules() if isinstance(part, nn.ModuleList) and len(part) == count)
+        found = next(stacks, None)
+        if found is None:
+            raise InputError(
+                f"train_vision: {type(self.model).__name__} is no stack of {count} layers, so its layers cannot have "
+                f"rates of their own; leave it frozen"
+            )
+        return found
+
     def train(self, mode: bool = True) -> "VisionTower":
-        """Stay in eval mode: a frozen tower has no dropout (LAVIS disables its train switch too)."""
-        return super().train(False)
+        """A frozen tower stays in eval mode: it has no dropout (LAVIS disables its train switch too)."""
+        return super().train(mode and self.trained)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Image features [B, N, E]; the class token, where there is one, comes first."""
-        states = self.model(pixel_values=pixels_BCHW, output_hidden_states=True, **self._options).hidden_states
+        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
+            states = self.model(pixel_values=pixels_BCHW, output_hidden_states=True, **self._options).hidden_states
         return states[self.layer]
+
+
+def reached_by(output: Tensor) -> set[Tensor]:
+    """The leaf tensors that a gradient of `output` arrives at."""
+    leaves, seen, waiting = set[Tensor](), set[Any](), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(node.variable)
+        waiting += [before for before, _ in node.next_functions]
+    return leaves
 
 
 def source_folder(source: str, half: str) -> str:
@@ -180,6 +233,18 @@ def load_tokenizer(source: str, half: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_text_tokenizer(source: str, rows: int | None) -> PreTrainedTokenizerBase:
+    """Tokenizer of the Q-Former's text side, with a token that begins a text to generate.
+
+    BERT has none: it gets LAVIS' `[DEC]`, a row more than BERT embeds. Where `rows` says that the Q-Former was made
+    without such a row, it stays as it is.
+    """
+    tokenizer = load_tokenizer(source, "text")
+    if tokenizer.bos_token_id is None and (rows is None or len(tokenizer) < rows):
+        tokenizer.add_special_tokens({"bos_token": DECODER_TOKEN})
+    return tokenizer
+
+
 def load_pretrained(kind: Any, folder: str, *, unexpected: Literal["left", "refused"]) -> PreTrainedModel:
     """fp32 weights whatever the folder stores; every key must be there.
 
@@ -226,7 +291,7 @@ def read_preprocess(folder: str, vision_config: Any, image_size: int | None = No
 
     Evaluation images are resized to a square without cropping, as BLIP-2 does (LAVIS blip_image_eval).
     """
-    path = Path(folder) / "preprocessor_config.json"
+    path = Path(folder) / PREPROCESSOR
     if not path.is_file():
         raise MissingFile(f"{path} is missing: it says how images are normalised for this tower. Copy it there")
     stored = json.loads(path.read_text())

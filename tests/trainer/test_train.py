@@ -11,14 +11,17 @@ from safetensors.torch import load_file
 from runtime.errors import CheckpointError, DataError
 from runtime.files import sha256_of
 from runtime.progress import Progress
-from trainer import train
+from trainer import fit, plans, train
 from trainer.checkpoint import load_checkpoint
-from trainer.config import ModelConfig, Stage1Config, Stage2Config, StageConfig, VqaConfig
-from trainer.data import FeatureStore, ResolvedData, rows_at
+from trainer.config import DataConfig, ModelConfig, Stage1Config, Stage2Config, StageConfig, VqaConfig
+from trainer.data import FeatureStore, ResolvedData, resolve
 from trainer.optimiser import learning_rate, make_optimiser
+from trainer.order import rows_at
+from trainer.plans import STAGES, StageName
+from trainer.ranks import Ranks
 
 SHORT = dict(steps=6, batch_size=8, warmup_steps=2, eval_every=3, eval_items=8, save_every=2, learning_rate=1e-3)
-CONFIGS: dict[train.StageName, StageConfig] = {
+CONFIGS: dict[StageName, StageConfig] = {
     "stage1": Stage1Config(**SHORT),
     "stage2": Stage2Config(**SHORT, precision="fp32"),
     "vqa": VqaConfig(**SHORT),
@@ -26,7 +29,7 @@ CONFIGS: dict[train.StageName, StageConfig] = {
 
 
 def run(
-    stage: train.StageName, model: ModelConfig, data: ResolvedData, out: Path, init: Path | None = None, **changes
+    stage: StageName, model: ModelConfig, data: ResolvedData, out: Path, init: Path | None = None, **changes
 ) -> Path:
     config = CONFIGS[stage].model_copy(update=changes)
     return train.run_stage(
@@ -40,6 +43,7 @@ def run(
         recipe_yaml="{}\n",
         store=FeatureStore(),
         progress=Progress(quiet=True),
+        ranks=Ranks(),
     )
 
 
@@ -47,18 +51,18 @@ class Killed(BaseException):
     """Stands for a process that ends between two steps."""
 
 
-@pytest.mark.parametrize("stage", train.STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_resumed_equals_uninterrupted(stage, model_config, data, tmp_path, monkeypatch) -> None:
     whole = run(stage, model_config, data, tmp_path / "whole")
-    update, seen = train._update, []
+    update, seen = fit._update, []
 
     def dying(model, optimiser, loss, step, config):
         if step == 5 and len(seen) == 5:
             raise Killed
         seen.append(step)
-        update(model, optimiser, loss, step, config)
+        return update(model, optimiser, loss, step, config)
 
-    monkeypatch.setattr(train, "_update", dying)
+    monkeypatch.setattr(fit, "_update", dying)
     with pytest.raises(Killed):
         run(stage, model_config, data, tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
@@ -90,7 +94,7 @@ def test_frozen_halves_do_not_change(model_config, data, tmp_path) -> None:
     assert not any(p.requires_grad for p in [*model.vision.parameters(), *model.language_model.parameters()])
 
 
-@pytest.mark.parametrize("stage", train.STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_loss_falls(stage, model_config, data, tmp_path) -> None:
     out = run(stage, model_config, data, tmp_path / stage, steps=60, eval_every=30, save_every=100)
     history = json.loads((out / "metrics.json").read_text())["held_out"]
@@ -107,12 +111,7 @@ def test_broken_images_are_replaced_and_reported(model_config, data, world, tmp_
     shutil.copytree(world, copy)
     (copy / "images" / "train-00003.png").write_bytes(b"not a picture")
     (copy / "images" / "train-00007.png").unlink()
-    moved = ResolvedData(
-        **{
-            name: copy / path.name if isinstance(path := getattr(data, name), Path) else path
-            for name in data.__dataclass_fields__
-        }
-    )
+    moved = resolve(DataConfig(), copy)
     out = run("stage2", model_config, moved, tmp_path / "out")
     broken = json.loads((out / "metrics.json").read_text())["broken_images"]
     assert sorted(Path(path).name for path in broken) == ["train-00003.png", "train-00007.png"]
@@ -123,17 +122,17 @@ def test_broken_images_are_replaced_and_reported(model_config, data, world, tmp_
 
 
 def test_nan_stops_training_and_keeps_the_resume_point(model_config, data, tmp_path, monkeypatch) -> None:
-    objective = train.CaptionObjective
+    objective = plans.CaptionObjective
     real = objective.loss
     calls = []
 
-    def poisoned(self, model, indices, rng):
+    def poisoned(self, model, indices, draws, ranks):
         calls.append(1)
-        loss, figures = real(self, model, indices, rng)
+        loss, figures = real(self, model, indices, draws, ranks)
         return (loss * float("nan") if len(calls) == 4 else loss), figures
 
     monkeypatch.setattr(objective, "loss", poisoned)
-    with pytest.raises(train.TrainingFailed, match="step 4 of 6"):
+    with pytest.raises(fit.TrainingFailed, match="step 4 of 6"):
         run("stage2", model_config, data, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.partial" / "resume.pt").is_file()
