@@ -36,7 +36,7 @@ def data_features(recipe: RecipeFile, overrides: Overrides = None) -> Outcome:
 )
 def data_filter(
     generator: EitherFolder,
-    manifest: Annotated[Path, typer.Option("--data", metavar="FILE", help="Manifest whose captions are filtered.")],
+    manifest: Annotated[Path, typer.Option("--data", metavar="FILE", help="Data set whose captions are filtered.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Manifest to write; the same command goes on.")],
     scorer: Annotated[
         Path | None,
@@ -61,6 +61,6 @@ def data_filter(
     from qforge import verbs_data
     from runtime.caption_filter import How
 
-    how = How(captions, keep, top_p, temperature, seed, max_new_tokens)
+    how = How(captions, keep, top_p, temperature, seed, max_new_tokens, verbs_data.at_once(generator, captions))
     device = device_for(generator, backend, provider, threads)
     return verbs_data.filter_captions(generator, scorer or generator, manifest, out, how, batch_size, device)

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, NonNegativeInt, ValidationError
+from pydantic import BaseModel, NonNegativeInt, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from benchmarks.config import BenchConfig
 from export.config import ExportConfig
 from runtime.errors import InputError, MissingFile
 from runtime.settings import Settings
-from trainer.config import DataConfig, ModelConfig, Stage1Config, Stage2Config, VqaConfig
+from trainer.config import DataConfig, ModelConfig, Stage1Config, Stage2Config, StageConfig, VqaConfig
 
 
 class Recipe(Settings):
@@ -42,6 +42,17 @@ class Recipe(Settings):
     """What becomes a bundle."""
     bench: BenchConfig = BenchConfig()
     """What is measured."""
+
+    @model_validator(mode="after")
+    def _features_are_of_a_frozen_encoder(self) -> "Recipe":
+        sections = {name: getattr(self, name) for name in type(self).model_fields}
+        trained = [name for name, stage in sections.items() if isinstance(stage, StageConfig) and stage.train_vision]
+        if trained and self.data.features.folder is not None:
+            raise ValueError(
+                f"{trained[0]}.train_vision: data.features.folder keeps features of a frozen image encoder, and those "
+                f"of a trained one change with every step; set the folder to null, or train_vision to false"
+            )
+        return self
 
     def to_yaml(self) -> str:
         """Every setting, defaults included; itself a valid recipe."""

@@ -13,7 +13,7 @@ Shape letters: B images, Q queries, F contrastive width, S texts
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -48,22 +48,26 @@ class How:
     """The same seed draws the same captions."""
     max_new_tokens: int | None
     """Longest caption (tokens); None: the model's own limit."""
+    at_once: int
+    """Captions of an image that are drawn together, at most: what the generator can."""
 
     def __post_init__(self) -> None:
-        for name in ("captions", "keep"):
+        """InputError for what cannot be drawn or kept."""
+        for name in ("captions", "keep", "at_once"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        list(self.decodings())
 
-    @property
-    def decoding(self) -> Decoding:
-        """The same for who generates; InputError for what cannot be drawn with."""
-        return Decoding(
-            do_sample=True,
-            top_p=self.top_p,
-            temperature=self.temperature,
-            seed=self.seed,
-            num_return_sequences=self.captions,
-        )
+    def decodings(self) -> Iterator[Decoding]:
+        """The same for who generates, round by round."""
+        for number, first in enumerate(range(0, self.captions, self.at_once)):
+            yield Decoding(
+                do_sample=True,
+                top_p=self.top_p,
+                temperature=self.temperature,
+                seed=int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]) if number else self.seed,
+                num_return_sequences=min(self.at_once, self.captions - first),
+            )
 
 
 @dataclass(frozen=True)
@@ -167,10 +171,12 @@ def _texts(
     """Of each image, by the place of its row, its captions and where they are from."""
     if not images:
         return {}
-    answers = generator.answer(
-        [Request(image) for image in images.values()], max_new_tokens=how.max_new_tokens, decoding=how.decoding
-    )
-    return {place: distinct(rows[place].captions, answer.texts) for place, answer in zip(images, answers, strict=True)}
+    requests, said = [Request(image) for image in images.values()], {place: list[str]() for place in images}
+    for decoding in how.decodings():
+        answers = generator.answer(requests, max_new_tokens=how.max_new_tokens, decoding=decoding)
+        for place, answer in zip(images, answers, strict=True):
+            said[place] += answer.texts
+    return {place: distinct(rows[place].captions, said[place]) for place in images}
 
 
 def _scores(scorer: Retriever, images: dict[int, Image.Image], texts: dict[int, list[str]]) -> dict[int, list[float]]:

@@ -102,6 +102,17 @@ class FeatureCache:
             self.statistics.hits += int(found.sum())
             return {int(b): rows[b].reshape(self.shape) for b in np.flatnonzero(found)}
 
+    def has(self, digests: Sequence[bytes]) -> set[bytes]:
+        """Those that are there, by the first half of their digest, without reading their features."""
+        with self._lock:
+            reader = self._reading()
+            if reader is None:
+                return set()
+            reader.refresh()
+            found = {digest for digest, there in zip(digests, reader.has(digests), strict=True) if there}
+            self.statistics.hits += len(found)
+            return found
+
     def write(self, digests: Sequence[bytes], features_BNE: Halves) -> None:
         """Keep features that were not there; those beyond the bound, or a full disk, are not kept and `full` says so.
 

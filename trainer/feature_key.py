@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import ImageError, InputError
+from runtime.packed import piece_of
 from trainer.feature_shards import DIGEST_BYTES
 from trainer.towers import VisionTower
 
@@ -60,15 +61,17 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def encoded(path: Path) -> bytes:
-    """A file's bytes, read once for hashing and decoding, so that both see the same.
+    """The bytes of an image file, or of an image packed in one, read once so that hashing and decoding see the same.
 
     Raises:
-        ImageError: the file cannot be read.
+        ImageError: they cannot be read.
     """
+    piece = piece_of(path)
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"{path}: expected an image file, found: {error.strerror or error}") from error
+        return path.read_bytes() if piece is None else piece.read()
+    except (OSError, EOFError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ImageError(f"{path}: expected an image file, found: {reason}") from error
 
 
 def image_digest(content: bytes) -> bytes:

@@ -10,9 +10,11 @@ processes fill a cache while they train, runs may differ by it. An interrupted r
 and so does any run whose features were made ahead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from trainer.config import FeaturesConfig
 from trainer.data import ENCODE_BATCH, encode
 from trainer.feature_cache import FeatureCache, Halves, Statistics
 from trainer.feature_key import encoded, image_digest, tower_facts
+from trainer.pixels import WORKERS, Pixels
 from trainer.towers import VisionTower
 
 GB = 10**9
@@ -60,13 +63,19 @@ class CachedFeatures:
         """
         self._cache(vision)
 
-    def fill(self, vision: VisionTower, paths: Sequence[Path], progress: Progress) -> None:
-        """Make what is absent, with a bar; raises as `many`."""
-        paths = list(dict.fromkeys(paths))
-        starts = range(0, len(paths), ENCODE_BATCH)
-        with progress.bar("image features", len(starts), items_per_step=ENCODE_BATCH) as bar:
-            for start in starts:
-                self._halves(vision, paths[start : start + ENCODE_BATCH])
+    def fill(self, vision: VisionTower, paths: Iterable[Path], count: int, progress: Progress) -> None:
+        """Make what is absent of `count` images, with a bar; one that comes again is looked up again.
+
+        Raises:
+            InputError: as `many`.
+        """
+        waiting = iter(paths)
+        with progress.bar("image features", -(-count // ENCODE_BATCH), items_per_step=ENCODE_BATCH) as bar:
+            while chunk := list(islice(waiting, ENCODE_BATCH)):
+                read = self._read(chunk)
+                cache = self._cache(vision)
+                there = cache.has(list(read.path_of))
+                self._made(vision, cache, [digest for digest in read.path_of if digest not in there], read)
                 bar.advance()
         if (full := self._cache(vision).full) is not None:
             progress.note(
@@ -106,52 +115,65 @@ class CachedFeatures:
 
     def _halves(self, vision: VisionTower, paths: Sequence[Path]) -> list[Halves | None]:
         """Features [N, E] in half precision, from the folder or made now."""
-        cache, found = self._cache(vision), dict[bytes, Halves]()
-        sources = {path: source for path in dict.fromkeys(paths) if (source := self._source(path)) is not None}
-        digest_of = {path: image_digest(source) for path, source in sources.items()}
-        path_of = {digest: path for path, digest in digest_of.items()}
-        digests = list(path_of)
-        found |= {digests[place]: halves for place, halves in cache.read(digests).items()}
-        pixels = dict[bytes, Any]()
-        for digest in digests:
-            if digest not in found and (values := self._pixels(vision, path_of[digest], sources)) is not None:
-                pixels[digest] = values
-        found |= self._made(vision, cache, pixels, path_of)
-        return [found.get(digest_of[path]) if path in digest_of else None for path in paths]
+        cache, read = self._cache(vision), self._read(paths)
+        digests = list(read.path_of)
+        found = {digests[place]: halves for place, halves in cache.read(digests).items()}
+        found |= self._made(vision, cache, [digest for digest in digests if digest not in found], read)
+        return [found.get(read.digest_of[path]) if path in read.digest_of else None for path in paths]
 
     def _made(
-        self, vision: VisionTower, cache: FeatureCache, pixels: dict[bytes, Any], path_of: dict[bytes, Path]
+        self, vision: VisionTower, cache: FeatureCache, digests: list[bytes], read: "_Read"
     ) -> dict[bytes, Halves]:
-        """What the tower gives for these, kept from now on."""
-        made, digests = dict[bytes, Halves](), list(pixels)
-        for start in range(0, len(digests), ENCODE_BATCH):
-            chunk = digests[start : start + ENCODE_BATCH]
-            with torch.autocast(next(vision.parameters()).device.type, enabled=False):
+        """What the tower gives for these images, kept from now on; broken ones are left out."""
+        made = dict[bytes, Halves]()
+        with ThreadPoolExecutor(WORKERS, "images") as pool:
+            decoded = pool.map(lambda digest: self._pixels(vision, read, digest), digests)
+            pixels = {digest: values for digest, values in zip(digests, decoded, strict=True) if values is not None}
+        for start in range(0, len(pixels), ENCODE_BATCH):
+            chunk = list(pixels)[start : start + ENCODE_BATCH]
+            with torch.no_grad(), torch.autocast(next(vision.parameters()).device.type, enabled=False):
                 features_BNE = encode(vision, [pixels[digest] for digest in chunk]).half().cpu().numpy()
             for digest, halves in zip(chunk, features_BNE, strict=True):
                 if not np.isfinite(halves).all():
                     raise InputError(
-                        f"{path_of[digest]}: a feature is not a number or too large for half precision, so features of "
-                        f"this image encoder cannot be kept; set data.features.folder to null"
+                        f"{read.path_of[digest]}: a feature is not a number or too large for half precision, so "
+                        f"features of this image encoder cannot be kept; set data.features.folder to null"
                     )
             cache.write(chunk, features_BNE)
             made |= dict(zip(chunk, features_BNE, strict=True))
         return made
 
-    def _source(self, path: Path) -> bytes | None:
-        if path in self.broken:
-            return None
+    def _read(self, paths: Sequence[Path]) -> "_Read":
+        """The encoded images, each file once; what cannot be read is noted."""
+        wanted = [path for path in dict.fromkeys(paths) if path not in self.broken]
+        with ThreadPoolExecutor(WORKERS, "images") as pool:
+            contents = dict(zip(wanted, pool.map(self._content, wanted), strict=True))
+        digest_of = {path: image_digest(content) for path, content in contents.items() if content is not None}
+        path_of = {digest: path for path, digest in digest_of.items()}
+        return _Read(digest_of, path_of, {digest: contents[path] or b"" for digest, path in path_of.items()})
+
+    def _content(self, path: Path) -> bytes | None:
         try:
             return encoded(path)
         except ImageError as error:
             self.broken[path] = str(error)
             return None
 
-    def _pixels(self, vision: VisionTower, path: Path, sources: dict[Path, bytes]) -> Any:
-        """Pixels [3, H, W]; None for what cannot be read as an image, under whatever paths it was met."""
+    def _pixels(self, vision: VisionTower, read: "_Read", digest: bytes) -> Pixels | None:
+        """Pixels [3, H, W]; None for what cannot be read as an image, noted under every path it was met at."""
         try:
-            return preprocess(sources[path], vision.preprocess)
+            return preprocess(read.content_of[digest], vision.preprocess)
         except ImageError as error:
-            same = [other for other, source in sources.items() if source == sources[path]]
-            self.broken |= {other: f"{other}{str(error).removeprefix('image bytes')}" for other in same}
+            same = [path for path, other in read.digest_of.items() if other == digest]
+            self.broken |= {path: f"{path}{str(error).removeprefix('image bytes')}" for path in same}
             return None
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Encoded images."""
+
+    digest_of: dict[Path, bytes]
+    path_of: dict[bytes, Path]
+    """One of the paths of each different image."""
+    content_of: dict[bytes, bytes]

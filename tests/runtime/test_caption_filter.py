@@ -12,7 +12,8 @@ import runtime
 from runtime import filter_job
 from runtime.answers import Alternative, Answer, Request
 from runtime.caption_filter import Counts, How, Scored, distinct, filter_rows, rank
-from runtime.dataset import check_manifest, read_manifest
+from runtime.dataset import read_manifest
+from runtime.dataset_check import check_manifest
 from runtime.decoding import GREEDY, Decoding
 from runtime.errors import CheckFailed, DataError, InputError, MissingFile
 from runtime.filter_job import Job, filter_manifest
@@ -20,7 +21,7 @@ from runtime.preprocess import ImageSource
 from runtime.retrieval import Floats, ImageEmbeddings
 from tests.runtime.both_heads import write_bundle_with_both_heads
 
-HOW = How(captions=3, keep=2, top_p=0.9, temperature=1.0, seed=5, max_new_tokens=None)
+HOW = How(captions=3, keep=2, top_p=0.9, temperature=1.0, seed=5, max_new_tokens=None, at_once=3)
 COLOURS = {"red": (200, 0, 0), "green": (0, 150, 0), "blue": (0, 0, 90)}
 
 
@@ -130,7 +131,7 @@ def test_the_fitting_captions_win(manifest: Path) -> None:
 
 def test_what_cannot_be_filtered(manifest: Path) -> None:
     rows = read_manifest(manifest)
-    done = filter_rows(Painter(["", "!", "..."]), Critic(), rows, How(3, 5, 0.9, 1.0, 5, None))
+    done = filter_rows(Painter(["", "!", "..."]), Critic(), rows, How(3, 5, 0.9, 1.0, 5, None, 3))
     assert [(row.image.name, len(kept)) for row, kept in done.rows] == [
         *(("red.png", 2), ("green.png", 2), ("blue.png", 2), ("red.png", 0), ("red.png", 1))
     ]
@@ -139,7 +140,7 @@ def test_what_cannot_be_filtered(manifest: Path) -> None:
     unsaid.write_text(json.dumps({"image": "images/red.png", "captions": ["!.", "\ud800 half", "a\x00b"]}) + "\n")
     done = filter_rows(Painter(["", "!", "..."]), Critic(), read_manifest(unsaid), HOW)
     assert (done.rows, done.wordless, done.counts) == ([], [str(rows[0].image)], Counts())
-    for wrong in ({"captions": 0}, {"keep": 0}):
+    for wrong in ({"captions": 0}, {"keep": 0}, {"at_once": 0}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             How(**(vars(HOW) | wrong))
 
@@ -149,6 +150,13 @@ def test_what_cannot_be_filtered(manifest: Path) -> None:
 
     with pytest.raises(CheckFailed, match="found NaN"):
         filter_rows(Painter(["a", "b", "c"]), Blind(), rows[:1], HOW)
+
+
+def test_more_captions_than_fit_at_once_are_drawn_in_rounds() -> None:
+    rounds = list(How(8, keep=2, top_p=0.9, temperature=1.0, seed=5, max_new_tokens=None, at_once=3).decodings())
+    assert [decoding.num_return_sequences for decoding in rounds] == [3, 3, 2]
+    assert rounds[0].seed == 5
+    assert len({decoding.seed for decoding in rounds}) == 3, "a round draws other captions than the one before"
 
 
 def test_the_result_is_a_manifest(manifest: Path) -> None:
@@ -207,7 +215,7 @@ def test_a_job_goes_on_as_it_began(manifest: Path) -> None:
     painter.dies_at = 1
     with pytest.raises(KeyboardInterrupt):
         filter_manifest(job(manifest), painter, Critic())
-    for other in (job(manifest, scorer="another"), job(manifest, how=How(3, 1, 0.9, 1.0, 5, None))):
+    for other in (job(manifest, scorer="another"), job(manifest, how=How(3, 1, 0.9, 1.0, 5, None, 3))):
         with pytest.raises(InputError, match=r"found another (scorer|keep) \(there"):
             filter_manifest(other, painter, Critic())
     manifest.write_text(manifest.read_text() + "\n")

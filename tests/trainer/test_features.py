@@ -21,8 +21,8 @@ from runtime.errors import DataError, InputError
 from runtime.files import sha256_of
 from runtime.progress import Progress
 from tests.tiny import write_tiny_halves
-from trainer.config import FeaturesConfig, ModelConfig
-from trainer.data import FeatureStore, ImageRows, ResolvedData, encode
+from trainer.config import AugmentConfig, DataConfig, FeaturesConfig, ModelConfig
+from trainer.data import FeatureStore, ImageRows, encode, resolve
 from trainer.feature_cache import LEDGER, FeatureCache
 from trainer.feature_key import tower_facts
 from trainer.feature_shards import DIGEST_BYTES
@@ -139,7 +139,7 @@ def test_the_bound_holds_and_the_rest_is_made_each_time(vision, images, passed, 
     row_bytes = 32 + 16 + 2 * encode(vision, [FeatureStore().pixels(vision, images[0])]).numel()
     limit = 4 * row_bytes + row_bytes // 2
     store = CachedFeatures(tmp_path / "cache", limit)
-    store.fill(vision, images, Progress())
+    store.fill(vision, images, len(images), Progress())
     assert "holds its data.features.limit_gb" in capsys.readouterr().err
     assert store.statistics()["stored"] == 4
     files = [file for file in (tmp_path / "cache").rglob("*") if file.suffix in {".rows", ".index"}]
@@ -167,20 +167,26 @@ def test_broken_images_are_named_and_left_out(vision, images, tmp_path) -> None:
     assert all(why.startswith(f"{path}: expected an image") for path, why in store.broken.items())
 
 
-def test_rows_are_those_of_memory(data: ResolvedData, vision, world, tmp_path) -> None:
+def test_rows_are_those_of_memory(vision, world, tmp_path) -> None:
     """The same rows, replaced ones included, and the same features up to half precision."""
     copy = tmp_path / "world"
     shutil.copytree(world, copy)
     for name in ("train-00003.png", "train-00004.png"):
         (copy / "images" / name).write_bytes(b"not a picture")
-    rows = ResolvedData(**(vars(data) | {"captions_train": copy / data.captions_train.name})).captions()[0]
+    rows = resolve(DataConfig(), copy).captions()[0]
     kept = ImageRows(vision, rows, CachedFeatures(tmp_path / "cache", PLENTY), QUIET)
     exact = ImageRows(vision, rows, FeatureStore(), QUIET)
     for indices in ([2, 3, 4, 5], [0, 4]):
-        (kept_rows, kept_BNE), (exact_rows, exact_BNE) = kept.batch(indices), exact.batch(indices)
+        (kept_rows, kept_BNE), (exact_rows, exact_BNE) = kept.batch(indices, None), exact.batch(indices, None)
         assert kept_rows == exact_rows
         torch.testing.assert_close(kept_BNE, exact_BNE, rtol=2**-11, atol=2**-24)
     assert kept.broken() == exact.broken()
+
+
+def test_changed_images_are_refused(vision, world, tmp_path) -> None:
+    rows = resolve(DataConfig(), world).captions()[0]
+    with pytest.raises(InputError, match=r"data.features.folder: features are kept"):
+        ImageRows(vision, rows, CachedFeatures(tmp_path / "cache", PLENTY), QUIET, AugmentConfig(flip=True))
 
 
 def test_no_folder_is_no_cache() -> None:
