@@ -94,6 +94,10 @@ class FeatureSource(Protocol):
         """Be told what will be asked for, and make ahead what is worth it."""
         ...
 
+    def ahead(self, vision: VisionTower, paths: Sequence[Path]) -> None:
+        """Be told what `many` will be asked for next."""
+        ...
+
     def many(self, vision: VisionTower, paths: Sequence[Path]) -> list[Tensor | None]:
         """Features [N, E] of each image; None for one that cannot be read."""
         ...
@@ -139,6 +143,9 @@ class FeatureStore:
             pixels = {path: pixel for path, pixel in read if pixel is not None}
         made = dict(zip(pixels, encode(vision, list(pixels.values())), strict=True))
         return [self._features[path] if path in self._features else made.get(path) for path in paths]
+
+    def ahead(self, vision: VisionTower, paths: Sequence[Path]) -> None:
+        """Nothing to do: they are in memory."""
 
     def statistics(self) -> dict[str, int]:
         """Nothing: what is kept in memory ends with the process."""
@@ -227,9 +234,12 @@ class ImageRows:
         return dict(sorted((kept | self._reader.broken).items()))
 
     def ahead(self, indices: Sequence[int], draws: StepDraws) -> None:
-        """Begin to read the images that the next step will ask for, where they are read in the step."""
+        """Begin to read the images, or their kept features, that the next step will ask for."""
         if self._live:
             self._reader.ahead(indices, draws)
+        else:
+            rows = [self._reader.row(index) for index in indices]
+            self._store.ahead(self._vision, [row.image for row in rows if row is not None])
 
     def batch(self, indices: Sequence[int], draws: StepDraws | None) -> tuple[list[Row], Tensor]:
         """The rows at `indices` (broken ones replaced) and their features [B, N, E], before the trained LayerNorm.

@@ -11,7 +11,7 @@ and so does any run whose features were made ahead.
 """
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -52,6 +52,9 @@ class CachedFeatures:
         self._folder, self._limit_bytes = folder, limit_bytes
         self._opened: tuple[VisionTower, FeatureCache] | None = None
         self._before = Statistics()
+        self._reader = ThreadPoolExecutor(1, "features")
+        self._waiting: tuple[tuple[Path, ...], Future[tuple[_Read, dict[bytes, Halves]]]] | None = None
+        """What is read ahead."""
         self.broken: dict[Path, str] = {}
         """Images that cannot be read, and why."""
 
@@ -83,6 +86,10 @@ class CachedFeatures:
                 f"or delete what other image encoders left in {self._folder}"
             )
 
+    def ahead(self, vision: VisionTower, paths: Sequence[Path]) -> None:
+        """Begin to read what is there of the images that the next step asks for; what is absent waits for it."""
+        self._waiting = tuple(paths), self._reader.submit(self._looked_up, self._cache(vision), paths)
+
     def many(self, vision: VisionTower, paths: Sequence[Path]) -> list[Tensor | None]:
         """Features [N, E] of each image; None for one that cannot be read.
 
@@ -108,6 +115,8 @@ class CachedFeatures:
         if self._opened is None or self._opened[0] is not vision:
             facts = tower_facts(vision)
             if self._opened is not None:
+                if self._waiting is not None:
+                    wait([self._waiting[1]])
                 self._before = Statistics(**self.statistics())
                 self._opened[1].close()
             self._opened = vision, FeatureCache(self._folder, facts, self._limit_bytes)
@@ -115,11 +124,21 @@ class CachedFeatures:
 
     def _halves(self, vision: VisionTower, paths: Sequence[Path]) -> list[Halves | None]:
         """Features [N, E] in half precision, from the folder or made now."""
-        cache, read = self._cache(vision), self._read(paths)
-        digests = list(read.path_of)
-        found = {digests[place]: halves for place, halves in cache.read(digests).items()}
-        found |= self._made(vision, cache, [digest for digest in digests if digest not in found], read)
+        cache = self._cache(vision)
+        if self._waiting is not None and self._waiting[0] == tuple(paths):
+            (read, found), self._waiting = self._waiting[1].result(), None
+            absent = [digest for digest in read.path_of if digest not in found]
+            found |= _by_digest(absent, cache.read(absent))  # the step before may have made them
+        else:
+            read, found = self._looked_up(cache, paths)
+        found |= self._made(vision, cache, [digest for digest in read.path_of if digest not in found], read)
         return [found.get(read.digest_of[path]) if path in read.digest_of else None for path in paths]
+
+    def _looked_up(self, cache: FeatureCache, paths: Sequence[Path]) -> "tuple[_Read, dict[bytes, Halves]]":
+        """The encoded images, and the features that are there."""
+        read = self._read(paths)
+        digests = list(read.path_of)
+        return read, _by_digest(digests, cache.read(digests))
 
     def _made(
         self, vision: VisionTower, cache: FeatureCache, digests: list[bytes], read: "_Read"
@@ -167,6 +186,10 @@ class CachedFeatures:
             same = [path for path, other in read.digest_of.items() if other == digest]
             self.broken |= {path: f"{path}{str(error).removeprefix('image bytes')}" for path in same}
             return None
+
+
+def _by_digest(digests: Sequence[bytes], found: dict[int, Halves]) -> dict[bytes, Halves]:
+    return {digests[place]: halves for place, halves in found.items()}
 
 
 @dataclass(frozen=True)

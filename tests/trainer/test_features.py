@@ -81,6 +81,33 @@ def test_two_users_of_one_folder_see_each_others_rows(vision, images, passed, tm
     assert passed == [2], "only the two images that nobody had seen"
 
 
+def test_reading_ahead_changes_nothing(vision, images, passed, tmp_path) -> None:
+    """Also where a step makes what the next one, read ahead before, has in common with it."""
+    steps = [images[:4], images[2:6], images[3:9]]
+    plain, early = (CachedFeatures(tmp_path / name, PLENTY) for name in ("plain", "early"))
+    expected = [plain.many(vision, step) for step in steps]
+    one_after_the_other = passed[:]
+    del passed[:]
+    for number, step in enumerate(steps):
+        early._waiting = None  # what was read before the last step made its own is read again
+        early.ahead(vision, step)
+        early._waiting[1].result()
+        found = early.many(vision, step)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected[number], strict=True))
+    assert passed == one_after_the_other == [4, 2, 3]
+    assert early.statistics() == plain.statistics()
+
+
+def test_what_is_made_meanwhile_is_not_made_again(vision, images, passed, tmp_path) -> None:
+    store = CachedFeatures(tmp_path / "cache", PLENTY)
+    store.ahead(vision, images[:6])
+    store._waiting[1].result()
+    store.many(vision, images[2:8])
+    found = store.many(vision, images[:6])
+    assert passed == [6, 2]
+    assert all(torch.equal(a, b) for a, b in zip(found[2:], store.many(vision, images[2:6]), strict=True))
+
+
 def test_a_changed_image_does_not_hit_and_a_moved_one_does(vision, images, passed, tmp_path) -> None:
     picture, moved = tmp_path / "picture.bmp", tmp_path / "moved.bmp"
     Image.new("RGB", (8, 8), (250, 0, 0)).save(picture)
