@@ -53,8 +53,8 @@ class CachedFeatures:
         self._opened: tuple[VisionTower, FeatureCache] | None = None
         self._before = Statistics()
         self._reader = ThreadPoolExecutor(1, "features")
-        self._waiting: tuple[tuple[Path, ...], Future[tuple[_Read, dict[bytes, Halves]]]] | None = None
-        """What is read ahead."""
+        self._waiting: list[tuple[set[Path], Future[tuple[_Read, dict[bytes, Halves]]]]] = []
+        """What is read ahead: of the step that comes, and of the one behind it."""
         self.broken: dict[Path, str] = {}
         """Images that cannot be read, and why."""
 
@@ -88,7 +88,8 @@ class CachedFeatures:
 
     def ahead(self, vision: VisionTower, paths: Sequence[Path]) -> None:
         """Begin to read what is there of the images that the next step asks for; what is absent waits for it."""
-        self._waiting = tuple(paths), self._reader.submit(self._looked_up, self._cache(vision), paths)
+        lookup = self._reader.submit(self._looked_up, self._cache(vision), paths)
+        self._waiting = [*self._waiting[-1:], (set(paths), lookup)]
 
     def many(self, vision: VisionTower, paths: Sequence[Path]) -> list[Tensor | None]:
         """Features [N, E] of each image; None for one that cannot be read.
@@ -115,8 +116,8 @@ class CachedFeatures:
         if self._opened is None or self._opened[0] is not vision:
             facts = tower_facts(vision)
             if self._opened is not None:
-                if self._waiting is not None:
-                    wait([self._waiting[1]])
+                wait([lookup for _, lookup in self._waiting])
+                self._waiting = []
                 self._before = Statistics(**self.statistics())
                 self._opened[1].close()
             self._opened = vision, FeatureCache(self._folder, facts, self._limit_bytes)
@@ -125,8 +126,10 @@ class CachedFeatures:
     def _halves(self, vision: VisionTower, paths: Sequence[Path]) -> list[Halves | None]:
         """Features [N, E] in half precision, from the folder or made now."""
         cache = self._cache(vision)
-        if self._waiting is not None and self._waiting[0] == tuple(paths):
-            (read, found), self._waiting = self._waiting[1].result(), None
+        early = [place for place, (known, _) in enumerate(self._waiting) if known.issuperset(paths)]
+        if early:
+            known, found = self._waiting.pop(early[0])[1].result()
+            read = known.only(paths)
             absent = [digest for digest in read.path_of if digest not in found]
             found |= _by_digest(absent, cache.read(absent))  # the step before may have made them
         else:
@@ -200,3 +203,13 @@ class _Read:
     path_of: dict[bytes, Path]
     """One of the paths of each different image."""
     content_of: dict[bytes, bytes]
+
+    def only(self, paths: Sequence[Path]) -> "_Read":
+        """Of these images alone."""
+        digest_of = {path: self.digest_of[path] for path in paths if path in self.digest_of}
+        kept = set(digest_of.values())
+        return _Read(
+            digest_of,
+            {digest: path for digest, path in self.path_of.items() if digest in kept},
+            {digest: content for digest, content in self.content_of.items() if digest in kept},
+        )
