@@ -327,7 +327,7 @@ class Watch:
 
 
 def test_runs_with_a_cache(model_config, data, tmp_path, passed) -> None:
-    """Killed while it fills its cache, a run goes on bit for bit; on a full one it spares the tower, with the same bits.
+    """Killed while it fills its cache, a run goes on bit for bit; on a full one it spares the tower, to the same bits.
 
     The loss differs from an exact run's by the rounding to half precision.
     """
