@@ -122,8 +122,9 @@ def test_wrong_pairs_name_the_questions(tmp_path: Path) -> None:
         return str(caught.value)
 
     fewer = {"annotations": annotations()["annotations"][:1]}
-    assert "a.json: expected the annotations of q.json, found no answers to 1 of its questions (question ids 458752001)" in refusal(
-        "a.json", fewer
+    assert (
+        "a.json: expected the annotations of q.json, found no answers to 1 of its questions (question ids 458752001)"
+        in refusal("a.json", fewer)
     )
     others = annotations()
     others["annotations"].append({"question_id": 7, "image_id": 1, "answers": []})
@@ -132,7 +133,9 @@ def test_wrong_pairs_name_the_questions(tmp_path: Path) -> None:
     moved["annotations"][0]["image_id"] = 1
     assert "found another image_id for 1 of its questions (question ids 458752000)" in refusal("c.json", moved)
     swapped = write(tmp_path / "annotations.json", annotations())
-    with pytest.raises(DataError, match=r"annotations.json: .* found keys \['annotations'\]; name this file as `answers`"):
+    with pytest.raises(
+        DataError, match=r"annotations.json: .* found keys \['annotations'\]; name this file as `answers`"
+    ):
         rows_of(Source(swapped, format="vqav2"))
 
 
@@ -179,7 +182,9 @@ def test_turns_of_a_manifest(tmp_path: Path) -> None:
 
 def test_flickr30k(tmp_path: Path) -> None:
     csv = tmp_path / "results.csv"
-    csv.write_text("image_name| comment_number| comment\n1.jpg| 0| Two men .\n1.jpg| 1| Men , young .\n2.jpg| 0| A dog\n")
+    csv.write_text(
+        "image_name| comment_number| comment\n1.jpg| 0| Two men .\n1.jpg| 1| Men , young .\n2.jpg| 0| A dog\n"
+    )
     token = tmp_path / "results_20130124.token"
     token.write_text("1.jpg#0\tTwo men .\n1.jpg#1\tMen , young .\n2.jpg#0\tA dog\n")
     for path in (csv, token):
