@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -143,7 +142,9 @@ def new_blip2(
         vision,
         language,
         None if config.language is None else load_tokenizer(config.language, "language"),
-        None if config.text_tokenizer is None else load_text_tokenizer(config.text_tokenizer, config.qformer.vocabulary),
+        None
+        if config.text_tokenizer is None
+        else load_text_tokenizer(config.text_tokenizer, config.qformer.vocabulary),
         question_conditioned,
         parts,
     )

@@ -183,7 +183,7 @@ class StageConfig(Settings):
     steps: PositiveInt
     """Optimiser steps."""
     batch_size: PositiveInt
-    """Image-text pairs in a step."""
+    """Image-text pairs in a step, over all processes together."""
     learning_rate: PositiveFloat = 1e-4
     """Peak rate."""
     min_learning_rate: NonNegativeFloat = 1e-5
@@ -198,8 +198,15 @@ class StageConfig(Settings):
     """Decay of matrices; vectors, scalars, embeddings and queries are not decayed."""
     clip_norm: NonNegativeFloat = 1.0
     """Largest gradient norm; 0 switches clipping off."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Autocast type of the forward pass; weights and optimiser stay fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Autocast type of the forward pass (fp16 with a loss scale); weights and optimiser stay fp32."""
+    accumulation: PositiveInt = 1
+    """Parts in which each process takes its rows, one after the other, for a batch that does not fit into memory; the
+    contrastive batch stays the whole one."""
+    shard: tuple[Literal["vision", "language"], ...] = ()
+    """Halves whose layers are shared out among the processes (FSDP2), for what does not fit on one device."""
+    compile: bool = False
+    """Compile the frozen halves (torch.compile): faster steps after a slow first one."""
     eval_every: PositiveInt = 1_000
     """Steps between held-out metrics (always measured at the end)."""
     eval_items: PositiveInt = 256
@@ -229,6 +236,12 @@ class StageConfig(Settings):
         for name in ("vision_rate", "vision_layer_decay", "vision_checkpointing"):
             if not self.train_vision and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is for a trained image encoder; set train_vision too, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _scale_is_whole(self) -> "StageConfig":
+        if self.precision == "fp16" and self.train_vision and "vision" in self.shard:
+            raise ValueError("a trained image encoder that is sharded has no fp16 loss scale; set precision to bf16")
         return self
 
     def adapted(self, model: ModelConfig) -> ModelConfig:

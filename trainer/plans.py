@@ -3,8 +3,8 @@
 A new stage is a row of `STAGE_KINDS` and its section in the recipe; the loop knows none by name.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from trainer.draws import StepDraws
 from trainer.generate import EagerPipeline
 from trainer.generative import CaptionObjective, VqaObjective
 from trainer.ranks import Ranks
+from trainer.resume import Stateful
 from trainer.stage1 import Stage1
 
 StageName = Literal["stage1", "stage2", "vqa"]
@@ -47,6 +48,9 @@ class Plan:
     rows: tuple[ImageRows, ...]
     """What is trained on; a step draws from the first."""
     evaluate: Callable[[Blip2], dict[str, float]]
+    """Held-out metrics; every process calls it."""
+    state: Mapping[str, Stateful] = field(default_factory=dict)
+    """What a resume point holds beside weights and optimiser (a momentum encoder and its queue), by name."""
 
 
 @dataclass(frozen=True)
