@@ -18,7 +18,15 @@ from torch.nn import functional as F
 
 from runtime.errors import CheckpointError
 from trainer.config import QFormerConfig
-from trainer.packed import Lookers, Packing, first_pass_packing, keys_of_features, matching_packing, packed_pass
+from trainer.packed import (
+    Lookers,
+    Packing,
+    first_pass_packing,
+    keys_of_features,
+    matching_packing,
+    packed_pass,
+    said_and_compared,
+)
 from trainer.qformer import ImageKeys, QFormer, activation, padding_mask
 
 INITIAL_TEMPERATURE = 0.07
@@ -176,6 +184,11 @@ class Bridge(nn.Module):
         """Cosines divided by the learned temperature: the logits of ITC."""
         return similarities_BB / self._have("temperature", self.temperature)
 
+    @torch.no_grad()
+    def hold_temperature(self, least: float, most: float) -> None:
+        """Put the temperature back within these limits, as ALBEF and BLIP do before each step."""
+        self._have("temperature", self.temperature).clamp_(least, most)
+
     def _contrastive(self, query_BQH: Tensor) -> Tensor:
         return F.normalize(self._have("contrast", self.vision_projection)(query_BQH).float(), dim=-1)
 
@@ -204,16 +217,13 @@ class Bridge(nn.Module):
         texts = [said_BT] * generation + [ids_BT] * contrast
         packing = first_pass_packing(mask_BT, self.config.queries, generation=generation, contrast=contrast)
         query_BQH, text_MH = self._packed(texts, packing, [Lookers(keys, len(ids_BT))], text_wanted=True)
-        # Text lies row by row, each row's text to be said before its text to be compared.
-        place_M = packing.text_M % (len(texts) * mask_BT.shape[1])
-        logits_PV = text_BC = None
+        speaks_M, first_M = said_and_compared(mask_BT, packing, generation=generation, contrast=contrast)
+        text_BC = logits_PV = None
+        if contrast:
+            text_BC = self._contrastive_text(text_MH[first_M])
         if generation:
-            speaks_BT = F.pad(mask_BT[:, 1:], (0, 1))  # a token speaks of the next one, the last of none
-            speaks_M = F.pad(speaks_BT, (0, contrast * mask_BT.shape[1])).flatten()[packing.text_M].bool()
             words_VH = self._have("text", self.embeddings).word_embeddings.weight
             logits_PV = self._have("generation", self.itg_head)(text_MH[speaks_M], words_VH)
-        if contrast:
-            text_BC = self._contrastive_text(text_MH[place_M == generation * mask_BT.shape[1]])
         return FirstPass(self._contrastive(query_BQH), text_BC, logits_PV)
 
     def matching(self, lookers: Sequence[Lookers], ids_RT: Tensor, mask_RT: Tensor) -> Tensor:

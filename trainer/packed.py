@@ -68,6 +68,17 @@ def first_pass_packing(mask_BT: Tensor, queries: int, *, generation: bool, contr
     return pack(text_mask, queries, mask)
 
 
+def said_and_compared(mask_BT: Tensor, packing: Packing, *, generation: bool, contrast: bool) -> tuple[Tensor, Tensor]:
+    """Which of the M text tokens of a first pass speak of a next one, and which begin a text to be compared."""
+    speaks_BT = F.pad(mask_BT[:, 1:], (0, 1))  # the last token speaks of none
+    begins_BT = torch.zeros_like(mask_BT)
+    begins_BT[:, 0] = 1
+    none_BT = torch.zeros_like(mask_BT)
+    speaks = torch.cat([speaks_BT] * generation + [none_BT] * contrast, dim=1)
+    begins = torch.cat([none_BT] * generation + [begins_BT] * contrast, dim=1)
+    return speaks.flatten()[packing.text_M].bool(), begins.flatten()[packing.text_M].bool()
+
+
 @dataclass(frozen=True)
 class Lookers:
     """Consecutive rows that look at the same images, an equal number of neighbours at each."""
