@@ -262,6 +262,30 @@ class Stage1Config(StageConfig):
     """Weight of image-text matching; 0 switches it off."""
     itg_weight: NonNegativeFloat = 1.0
     """Weight of image-grounded text generation; 0 switches it off."""
+    itc_key_gradient: bool = True
+    """Whether ITC's gradient also reaches the features that an anchor is compared with, on all processes, as the loss
+    has it; false is LAVIS' way (image features then learn as image-to-text anchors alone, texts likewise)."""
+    itc_queue: NonNegativeInt = 0
+    """Pairs of past steps that ITC compares with, encoded by a momentum encoder (57,600 in BLIP); 0: neither. At least
+    `batch_size`."""
+    itc_momentum: float = Field(default=0.995, ge=0, lt=1)
+    """Share of itself that the momentum encoder keeps in a step."""
+    temperature_range: tuple[PositiveFloat, PositiveFloat] | None = None
+    """Limits the learned temperature is held to ([0.001, 0.5] in BLIP); null: none, as BLIP-2."""
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "Stage1Config":
+        if not (self.itc_weight or self.itm_weight or self.itg_weight):
+            raise ValueError("itc_weight, itm_weight and itg_weight are all 0; give one of them a weight")
+        if 0 < self.itc_queue < self.batch_size:
+            raise ValueError(
+                f"itc_queue {self.itc_queue} holds less than a batch ({self.batch_size}); 0 switches it off"
+            )
+        if self.itc_queue and not self.itc_weight:
+            raise ValueError("itc_queue serves ITC, but itc_weight is 0")
+        if self.temperature_range is not None and self.temperature_range[0] > self.temperature_range[1]:
+            raise ValueError(f"temperature_range {list(self.temperature_range)}: expected the smaller limit first")
+        return self
 
 
 class SpeakingConfig(StageConfig):

@@ -20,6 +20,7 @@ from trainer.demo_world import scorers_for
 from trainer.draws import StepDraws
 from trainer.generate import EagerPipeline
 from trainer.generative import CaptionObjective, VqaObjective
+from trainer.momentum import MomentumEncoder
 from trainer.ranks import Ranks
 from trainer.resume import Stateful
 from trainer.stage1 import Stage1
@@ -85,7 +86,10 @@ def _stage1(given: Ingredients, config: StageConfig) -> Plan:
     assert isinstance(config, Stage1Config)
     caption_rows, described = given.data.captions()
     captions = given.with_images(caption_rows)
-    objective = Stage1(config, captions, given.with_images(described[: config.eval_items]))
+    momentum = None
+    if config.itc_queue:
+        momentum = MomentumEncoder(given.model.bridge, config.itc_momentum, config.itc_queue)
+    objective = Stage1(config, captions, given.with_images(described[: config.eval_items]), momentum)
     return Plan(objective, (captions,), objective.evaluate)
 
 
