@@ -1,12 +1,12 @@
 """Hugging Face datasets as the datasets library reads them."""
 
+import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
 
 from runtime.errors import BackendUnavailable, DataError
 from runtime.preprocess import load_image
@@ -88,18 +88,18 @@ def test_the_check_knows_this_format(tmp_path: Path) -> None:
 
 def test_what_is_no_image_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "words")
-    with pytest.raises(DataError, match="expected a column 'image' of bytes.* found text"):
+    with pytest.raises(DataError, match=r"expected a column 'image' of bytes.* found text"):
         as_manifest([Source(tmp_path / "words")])
     (tmp_path / "odd.arrow").write_bytes(b"not arrow at all, by any means")
-    with pytest.raises(DataError, match="odd.arrow: expected an Arrow file"):
+    with pytest.raises(DataError, match=r"odd.arrow: expected an Arrow file"):
         as_manifest([Source(tmp_path / "odd.arrow")])
     table = pa.table({"image": [colour(i).tobytes() * 50 for i in range(3)], "caption": ["x"] * 3})
     options = pa.ipc.IpcWriteOptions(compression="lz4")
-    with pa.OSFile(str(tmp_path / "packed.arrow"), "wb") as sink:
-        with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
-            writer.write_table(table)
+    sink = pa.OSFile(str(tmp_path / "packed.arrow"), "wb")
+    with sink, pa.ipc.new_stream(sink, table.schema, options=options) as writer:
+        writer.write_table(table)
     with pytest.raises(DataError, match="expected uncompressed record batches"):
         as_manifest([Source(tmp_path / "packed.arrow")])
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(BackendUnavailable, match=r"pip install 'qforge\[data\]'"):
         as_manifest([Source(tmp_path / "words", split="all")])

@@ -1,4 +1,4 @@
-"""COCO, Karpathy, VQAv2, LAVIS, LLaVA and Flickr30k files as their own readers see them, and what is wrong with some."""
+"""COCO, Karpathy, VQAv2, LAVIS, LLaVA and Flickr30k files as their own readers see them, and some that are wrong."""
 
 import json
 from pathlib import Path
@@ -176,7 +176,7 @@ def test_turns_of_a_manifest(tmp_path: Path) -> None:
     row = parse_row('{"image": "a.png", "turns": [["q", "a"], ["r", "b"]]}', "f:1", tmp_path)
     assert row.turns == (("q", "a"), ("r", "b")) and row.question is None
     for turns in ('"q"', '["q"]', '[["q"]]', '[["q", 1]]', '[["q", " "]]'):
-        with pytest.raises(DataError, match="^f:1: expected .* under 'turns'"):
+        with pytest.raises(DataError, match=r"^f:1: expected .* under 'turns'"):
             parse_row(f'{{"image": "a.png", "turns": {turns}}}', "f:1", tmp_path)
 
 
@@ -198,7 +198,7 @@ def test_flickr30k(tmp_path: Path) -> None:
 
 
 def test_what_is_no_data_set(tmp_path: Path) -> None:
-    with pytest.raises(MissingFile, match="none.json: expected a data set"):
+    with pytest.raises(MissingFile, match=r"none.json: expected a data set"):
         format_of(tmp_path / "none.json")
     with pytest.raises(DataError, match=r"found JSON with \['a'\]"):
         format_of(write(tmp_path / "odd.json", {"a": 1}, 1))
@@ -208,5 +208,5 @@ def test_what_is_no_data_set(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="expected a folder of tar shards"):
         format_of(tmp_path / "empty")
-    with pytest.raises(DataError, match="at least one usable row, found none; the first says: .*'image'"):
+    with pytest.raises(DataError, match=r"at least one usable row, found none; the first says: .*'image'"):
         read_rows(write(tmp_path / "blind.json", [{"caption": "x"}]))

@@ -19,7 +19,6 @@ from trainer.sources.detect import format_of
 from trainer.sources.rows import ManifestRows
 from trainer.sources.source import Source
 
-
 DAMAGED = "expected an image (JPEG, PNG, WebP, GIF, TIFF, BMP …), found other data"
 
 
