@@ -144,6 +144,7 @@ def train_stage(
     from trainer.ranks import join
     from trainer.train import run_stage
 
+    ranks = join()
     run_stage(
         stage,
         model=model,
@@ -154,8 +155,8 @@ def train_stage(
         out=folder,
         recipe_yaml=recipe.to_yaml(),
         store=_features(model.vision, model.vision_layer, model.image_size, out, recipe.data.features),
-        progress=Progress(),
-        ranks=join(),
+        progress=Progress(quiet=not ranks.is_main),
+        ranks=ranks,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runtime.errors import CheckpointError
@@ -114,6 +115,20 @@ class TextBatch:
     ids: Tensor
     mask: Tensor
 
+    def to(self, device: torch.device) -> "TextBatch":
+        """The same on another device."""
+        return TextBatch(self.ids.to(device), self.mask.to(device))
+
+    def padded(self, length: int) -> "TextBatch":
+        """With padding up to `length` tokens; what fills it is hidden by the mask."""
+        more = length - self.ids.shape[1]
+        return TextBatch(F.pad(self.ids, (0, more)), F.pad(self.mask, (0, more)))
+
+    def trimmed(self) -> "TextBatch":
+        """As long as its longest text."""
+        longest = int(self.mask.sum(1).max())
+        return TextBatch(self.ids[:, :longest], self.mask[:, :longest])
+
 
 def text_batch(model: Blip2, texts: list[str]) -> TextBatch:
     """Tokens of the Q-Former's text side: [CLS] text [SEP], right-padded; a long text is cut and keeps its [SEP]."""
@@ -143,7 +158,9 @@ def new_blip2(
         vision,
         language,
         None if config.language is None else load_tokenizer(config.language, "language"),
-        None if config.text_tokenizer is None else load_text_tokenizer(config.text_tokenizer, config.qformer.vocabulary),
+        None
+        if config.text_tokenizer is None
+        else load_text_tokenizer(config.text_tokenizer, config.qformer.vocabulary),
         question_conditioned,
         parts,
     )

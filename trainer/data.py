@@ -228,6 +228,15 @@ class ImageRows:
         sizes = [len(part.rows) for part in parts] or [len(self.rows)]
         return mixed_rows_at(step, batch_size, sizes, [part.weight for part in parts], seed)
 
+    def any_row(self, rng: np.random.Generator) -> int:
+        """A row drawn evenly from a data set that is drawn by weight."""
+        parts = self.rows.parts if isinstance(self.rows, MixedRows) else ()
+        if len(parts) < 2:
+            return int(rng.integers(len(self.rows)))
+        weights = np.array([part.weight for part in parts])
+        chosen = int(rng.choice(len(parts), p=weights / weights.sum()))
+        return sum(len(part.rows) for part in parts[:chosen]) + int(rng.integers(len(parts[chosen].rows)))
+
     def broken(self) -> dict[str, str]:
         """Images and lines of these rows that could not be read, and why."""
         kept = {str(path): why for path, why in self._store.broken.items() if path in self._paths}

@@ -15,9 +15,10 @@ from trainer.bridge import PARTS, Part
 from trainer.checkpoint import load_bridge, read_config, require_halves, write_checkpoint
 from trainer.config import ModelConfig, StageConfig
 from trainer.data import FeatureSource, ResolvedData
-from trainer.fit import fit
+from trainer.fit import Fit
 from trainer.plans import STAGE_KINDS, Ingredients, StageName
 from trainer.ranks import Ranks
+from trainer.shard import spread, whole
 from trainer.watch import Watcher
 
 
@@ -42,7 +43,7 @@ def run_stage(
     from stage to stage. All processes of `ranks` call this; the first writes.
     """
     torch.manual_seed(seed)
-    kind = STAGE_KINDS[stage]
+    kind, model = STAGE_KINDS[stage], config.adapted(model)
     began = None if init is None else read_config(init)
     given = PARTS if began is None else began.parts
     fresh = _fresh_parts(model, given)
@@ -53,21 +54,38 @@ def run_stage(
         load_bridge(blip2, init, fresh)
     if fresh:
         progress.note(f"{stage}: {init} has no {', '.join(fresh)} part; it starts from random weights")
+    blip2.prepare(config)
     blip2.to(ranks.device)
+    spread(stage, blip2, config, ranks)
     plan = kind.plan(Ingredients(blip2, data, store, progress, ranks), config)
     partial = out.with_name(f".{out.name}.partial")
-    history = fit(
-        stage, blip2, plan, config, seed=seed, partial=partial, ranks=ranks, progress=progress, watchers=watchers
-    )
-    broken = {path: why for rows in plan.rows for path, why in rows.broken().items()}
+    settings = {"seed": seed, "model": model.model_dump(mode="json"), stage: config.model_dump(mode="json")}
+    history = Fit(
+        stage,
+        blip2,
+        plan,
+        config,
+        seed=seed,
+        partial=partial,
+        settings=settings,
+        recipe_yaml=recipe_yaml,
+        ranks=ranks,
+        progress=progress,
+        watchers=watchers,
+    ).run()
+    found = ranks.collect({path: why for rows in plan.rows for path, why in rows.broken().items()})
+    broken = {path: why for of_process in found for path, why in of_process.items()}
     cut = sum(rows.cut_texts for rows in plan.rows)
     metrics: dict[str, Any] = {"stage": stage, "held_out": history, "broken_images": broken, "cut_texts": cut}
-    if features := store.statistics():
+    if features := _together(ranks.collect(store.statistics())):
         metrics["features"] = features
         progress.note(f"{stage}: image features {', '.join(f'{name} {count:,}' for name, count in features.items())}")
-    with atomic_folder(out) as folder:
-        write_checkpoint(blip2, folder, stage=stage, metrics=metrics, recipe_yaml=recipe_yaml)
-    shutil.rmtree(partial, ignore_errors=True)
+    with whole(blip2):
+        if ranks.is_main:
+            with atomic_folder(out) as folder:
+                write_checkpoint(blip2, folder, stage=stage, metrics=metrics, recipe_yaml=recipe_yaml)
+            shutil.rmtree(partial, ignore_errors=True)
+    ranks.barrier()
     if broken:
         progress.note(f"{stage}: {len(broken)} images could not be read and were replaced; metrics.json names them")
     if cut:
@@ -78,3 +96,8 @@ def run_stage(
 def _fresh_parts(model: ModelConfig, given: Sequence[Part]) -> tuple[Part, ...]:
     """Only the projection into a language model may be new: a retrieval checkpoint that is given one has none yet."""
     return ("language",) if model.language is not None and "language" not in given else ()
+
+
+def _together(counted: Sequence[dict[str, int]]) -> dict[str, int]:
+    """Counts of all processes added, but not the bytes of the folder that they share."""
+    return {name: (max if name == "bytes" else sum)(of_one[name] for of_one in counted) for name in counted[0]}

@@ -80,7 +80,7 @@ def _records(file: Path, source: Source) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
 
     with pa.memory_map(str(file)) as content:
-        start = content.read_buffer(0).address  # of byte 0, from which a column's address tells its place
+        start = content.read_buffer(1).address  # of byte 0, from which a column's address tells its place
         content.seek(0)
         try:
             batches: Any = pa.ipc.open_stream(content)

@@ -51,6 +51,8 @@ def entries_of(source: Source) -> Iterator[tuple[str, Row | DataError]]:
     try:
         for where, record in READERS[kind](source):
             try:
+                if isinstance(record, DataError):
+                    raise record
                 yield where, parse_record(as_manifest_record(record, where), where, source.image_folder)
             except DataError as error:
                 yield where, error

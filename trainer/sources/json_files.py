@@ -89,18 +89,20 @@ def _answers(path: Path, questions: list[dict[str, Any]], annotations_path: Path
     annotations = _with_keys(annotations_path, "annotations", instead=("questions", "as `path`"))["annotations"]
     asked = {question["question_id"]: question["image_id"] for question in questions}
     answered = {annotation["question_id"]: annotation for annotation in annotations}
-    sides = (("no answers for", asked.keys() - answered.keys()), ("no question", answered.keys() - asked.keys()))
-    for what, ids in sides:
+    for what, ids in (
+        ("no answers to {} of its questions", asked.keys() - answered.keys()),
+        ("answers to {} questions it does not ask", answered.keys() - asked.keys()),
+    ):
         if ids:
             raise DataError(
-                f"{annotations_path}: expected the annotations of {path.name}, found {what} {len(ids)} question ids "
-                f"({_some(ids)}); pair the files of one split"
+                f"{annotations_path}: expected the annotations of {path.name}, found {what.format(len(ids))} "
+                f"(question ids {_some(ids)}); pair the files of one split"
             )
     elsewhere = [number for number, image_id in asked.items() if answered[number]["image_id"] != image_id]
     if elsewhere:
         raise DataError(
             f"{annotations_path}: expected the annotations of {path.name}, found another image_id for "
-            f"{len(elsewhere)} question ids ({_some(elsewhere)}); pair the files of one split"
+            f"{len(elsewhere)} of its questions (question ids {_some(elsewhere)}); pair the files of one split"
         )
     return {number: [given["answer"] for given in found["answers"]] for number, found in answered.items()}
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from runtime.errors import DataError
 
-Entry = tuple[str, dict[str, Any]]
-"""(where it was found, the record of a manifest)."""
+Entry = tuple[str, dict[str, Any] | DataError]
+"""(where it was found, the record of a manifest, or why there is none)."""
 CAPTIONS = ("captions", "caption", "text", "txt", "sentences")
 ANSWERS = ("answers", "answer", "multiple_choice_answer")
 IMAGE_TOKEN = "<image>"

@@ -92,14 +92,15 @@ def _entry(shard: Path, name: str, files: dict[str, tarfile.TarInfo], content: A
     if image is None:
         return
     where = f"{shard}/{name}"
-    record: dict[str, Any] = {}
+    record: Any = {}
     if "json" in files:
         try:
             record = json.loads(_bytes_of(files["json"], content))
-        except ValueError as error:
-            raise DataError(f"{where}.json: expected one JSON object, found text that is none ({error})") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{where}.json: expected one JSON object, found {type(record).__name__}")
+        except ValueError:
+            record = None
+    if not isinstance(record, dict):
+        yield where, DataError(f"{where}.json: expected one JSON object, found something else; write the shard again")
+        return
     if "txt" in files and not any(record.get(key) for key in CAPTIONS):
         record["captions"] = [_bytes_of(files["txt"], content).decode("utf-8", "replace").strip()]
     record["image"] = str(packed_path(shard.absolute(), image.offset_data, image.size, Path(image.name).name))
