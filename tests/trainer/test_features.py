@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from trainer.features import CachedFeatures, cached_features
 from trainer.ranks import Ranks
 from trainer.towers import VisionTower, load_vision
 from trainer.train import run_stage
-from trainer.watch import StepReport
+from trainer.watch import StepReport, Watcher
 
 QUIET = Progress(quiet=True)
 PLENTY = 10**9
@@ -311,7 +311,7 @@ class Killed(BaseException):
     """Stands for a process that ends between two steps."""
 
 
-class Watch:
+class Watch(Watcher):
     """Keeps the losses; dies after a step."""
 
     def __init__(self, dies_after: int = 99) -> None:
@@ -321,9 +321,6 @@ class Watch:
         self.losses.append(report.loss)
         if report.step == self.dies_after:
             raise Killed
-
-    def after_measurement(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        pass
 
 
 def test_runs_with_a_cache(model_config, data, tmp_path, passed) -> None:
