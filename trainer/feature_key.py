@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from runtime.errors import ImageError, InputError
 from runtime.packed import piece_of
@@ -25,8 +26,14 @@ def tower_facts(vision: VisionTower) -> dict[str, Any]:
     is as good as a folder; that reads them once: about a second per GB.
 
     Raises:
-        InputError: the tower is trained, so its features change with every step.
+        InputError: the tower is trained, so its features change with every step; or it is sharded, so that it computes
+            on all processes at once, of which each has other images absent.
     """
+    if any(isinstance(part, FSDPModule) for part in vision.modules()):
+        raise InputError(
+            "data.features.folder: an image encoder that is shared out among processes cannot compute what one of them "
+            "finds absent; take vision out of the stage's shard, or set data.features.folder to null"
+        )
     if any(parameter.requires_grad for parameter in vision.parameters()):
         raise InputError(
             "data.features.folder: features of an image encoder that is trained change with every step and cannot be "
