@@ -23,11 +23,10 @@ from runtime.files import sha256_of, write_json_atomic
 from runtime.precision import Precision
 from runtime.preprocess import load_image
 from runtime.progress import Progress
-from trainer.config import DEMO, DataConfig, ModelConfig
+from trainer.config import DEMO, DataConfig, ModelConfig, StageConfig, StageName
 
 if TYPE_CHECKING:
     from trainer.data import FeatureStore
-    from trainer.plans import StageName
 
 MANIFESTS = ("captions_train", "captions_val", "captions_test", "vqa_train", "vqa_val", "vqa_test")
 """Settings of the data section that name a manifest."""
@@ -111,7 +110,7 @@ def build_halves(recipe: Recipe, folder: Path) -> None:
 
 
 def train_stage(
-    stage: "StageName", recipe: Recipe, model: ModelConfig, out: Path, init: Path | None, folder: Path
+    stage: StageName, recipe: Recipe, model: ModelConfig, out: Path, init: Path | None, folder: Path
 ) -> None:
     """Train one stage from the checkpoint `init`, or go on with what an interrupted call left in `folder`."""
     require("torch", extra="train", why="Training")
@@ -119,16 +118,18 @@ def train_stage(
     from trainer.ranks import join
     from trainer.train import run_stage
 
+    config: StageConfig = getattr(recipe, stage)
+    size = config.adapted(model).image_size
     run_stage(
         stage,
         model=model,
         data=resolve(recipe.data, out / "data"),
-        config=getattr(recipe, stage),
+        config=config,
         seed=recipe.seed,
         init=init,
         out=folder,
         recipe_yaml=recipe.to_yaml(),
-        store=_features(model.vision, model.vision_layer, model.image_size, out),
+        store=_features(model.vision, model.vision_layer, size, out),
         progress=Progress(),
         ranks=join(),
     )

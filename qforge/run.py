@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from qforge import actions
 from qforge.recipe import Recipe
@@ -19,15 +19,14 @@ from qforge.steps import Done, Step, folder_lock, run_steps
 from runtime.errors import InputError
 from runtime.files import write_text_atomic
 from runtime.precision import NOT_ON_CPU, Precision
-from trainer.config import DEMO, ModelConfig
+from trainer.config import DEMO, STAGES, STARTS_FROM, ModelConfig, StageName
 
-Stage = Literal["stage1", "stage2", "vqa"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
-STAGE_FOLDERS = {"stage1": "steps/stage1", "stage2": "steps/stage2", "vqa": "checkpoint"}
-STAGE_STORIES = {
+STAGE_STORIES: dict[StageName, str] = {
     "stage1": "learning representations by contrast, matching and generation",
     "stage2": "learning to speak through the frozen language model",
+    "caption": "fine-tuning on captions",
     "vqa": "fine-tuning on questions",
+    "retrieval": "fine-tuning for search",
 }
 TRAINS = ("trainer", "runtime")
 FACE = ("qforge", *TRAINS)
@@ -40,8 +39,8 @@ class Start:
     """Where a run begins when it does not begin from nothing."""
 
     checkpoint: Path
-    stage: Stage
-    """The first stage to train."""
+    after: str
+    """The stage it is the outcome of; those of the recipe that come later are trained."""
 
 
 @dataclass(frozen=True)

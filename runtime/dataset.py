@@ -41,6 +41,8 @@ class Row:
     """Reference answers; empty for a question nobody answered yet."""
     extra: dict[str, Any]
     """Every other key of the line."""
+    turns: tuple[tuple[str, str], ...] = ()
+    """(question, answer) in the order of the conversation; empty when the row is none."""
 
 
 def read_manifest(path: Path | str) -> list[Row]:

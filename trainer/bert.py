@@ -27,7 +27,9 @@ def start_from_bert(model: Blip2, source: str) -> None:
     folder = source_folder(source, "text")
     config = read_hf_config(folder)
     if not isinstance(config, BertConfig):
-        raise InputError(f"model.qformer_init: expected a BERT (model_type bert) in {folder}, found {config.model_type}")
+        raise InputError(
+            f"model.qformer_init: expected a BERT (model_type bert) in {folder}, found {config.model_type}"
+        )
     _require_sizes(model, config, folder)
     bert: Any = load_pretrained(BertForMaskedLM, folder, unexpected="left")
     _copy_embeddings(model.bridge, bert.bert.embeddings, folder)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -120,7 +119,8 @@ def text_batch(model: Blip2, texts: list[str]) -> TextBatch:
     coded = model.text_tokenizer(
         texts, padding=True, truncation=True, max_length=model.config.qformer.max_text_tokens, return_tensors="pt"
     )
-    return TextBatch(coded["input_ids"], coded["attention_mask"])
+    device = model.bridge.query_tokens.device
+    return TextBatch(coded["input_ids"].to(device), coded["attention_mask"].to(device))
 
 
 def new_blip2(
@@ -132,6 +132,7 @@ def new_blip2(
     is in memory only while it is loaded or computed with.
     """
     vision, language = load_vision(config.vision, config.vision_layer, config.image_size), None
+    texts, rows = config.text_tokenizer, config.qformer.vocabulary
     if mapped_beside is not None:
         map_weights(vision, mapped_beside)
     if config.language is not None:
@@ -143,7 +144,9 @@ def new_blip2(
         vision,
         language,
         None if config.language is None else load_tokenizer(config.language, "language"),
-        None if config.text_tokenizer is None else load_text_tokenizer(config.text_tokenizer, config.qformer.vocabulary),
+        None
+        if config.text_tokenizer is None
+        else load_text_tokenizer(config.text_tokenizer, config.qformer.vocabulary),
         question_conditioned,
         parts,
     )

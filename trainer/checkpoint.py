@@ -18,7 +18,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -50,7 +50,7 @@ class CheckpointConfig(Settings):
     model: ModelConfig
     frozen: dict[str, str]
     """SHA-256 of every weight file of the frozen halves, by "half/file"."""
-    trained: dict[str, str] = {}
+    trained: dict[str, str] = Field(default_factory=dict)
     """The same of a half that this stage trained and that lies in the checkpoint."""
     parts: tuple[Part, ...] = PARTS
     """What the bridge has beyond its core; a published checkpoint may lack some."""

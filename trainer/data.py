@@ -5,9 +5,10 @@ Nothing about the order is remembered, so a resumed run sees what an uninterrupt
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from trainer.config import DataConfig
 from trainer.draws import StepDraws
 from trainer.towers import VisionTower
 
+_Read = TypeVar("_Read")
 ENCODE_BATCH = 64
 """Images that pass the frozen tower together when features are made ahead."""
 FEATURE_BYTES = 2 * 2**30
@@ -99,7 +101,9 @@ class FeatureStore:
         """Images that cannot be read, and why."""
 
     def fill(self, vision: VisionTower, paths: Sequence[Path], progress: Progress) -> None:
-        """Encode those of `paths` that are not here yet, until memory is used up."""
+        """Encode those of `paths` that are not here yet, until memory is used up; none for a tower that is trained."""
+        if vision.trained:
+            return
         absent = [path for path in dict.fromkeys(paths) if path not in self._features and path not in self.broken]
         chunks = [absent[start : start + ENCODE_BATCH] for start in range(0, len(absent), ENCODE_BATCH)]
         if not chunks:
@@ -132,9 +136,8 @@ class FeatureStore:
             return None
 
 
-@torch.no_grad()
-def encode(vision: VisionTower, pixels: list[np.ndarray]) -> Tensor:
-    """Tower output [B, N, E] of B images; none for none."""
+def encode(vision: VisionTower, pixels: Sequence[np.ndarray]) -> Tensor:
+    """Tower output [B, N, E] of B images, with a gradient when the tower is trained; none for none."""
     if not pixels:
         return torch.empty(0)
     return vision(torch.from_numpy(np.stack(pixels)).to(next(vision.parameters()).device))
@@ -158,7 +161,7 @@ class ImageRows:
         self._seconds = 0.0
         paths = [row.image for row in rows]
         store.fill(vision, paths, progress)
-        if all(path in store.broken for path in paths):
+        if all(path in store.broken for path in paths):  # a tower that is trained has read none of them yet
             raise DataError(
                 f"none of the {len(set(paths))} images of {paths[0].parent} can be read; "
                 f"the first says: {store.broken[paths[0]]}"
@@ -178,8 +181,12 @@ class ImageRows:
         `draws` are those of the step, a generator per row; None when something is measured, with nothing random.
         """
         began = time.monotonic()
-        rows, features = zip(*(self._readable(index) for index in indices), strict=True)
-        features_BNE = torch.stack(features)
+        if self._vision.trained:
+            rows, pixels = zip(*(self._readable(index, self._store.pixels) for index in indices), strict=True)
+            features_BNE = encode(self._vision, pixels)
+        else:
+            rows, features = zip(*(self._readable(index, self._store.get) for index in indices), strict=True)
+            features_BNE = torch.stack(features)
         self._taken += [row.image_id for row in rows]
         self._seconds += time.monotonic() - began
         return list(rows), features_BNE
@@ -190,12 +197,13 @@ class ImageRows:
         self._taken, self._seconds = [], 0.0
         return taken
 
-    def _readable(self, index: int) -> tuple[Row, Tensor]:
+    def _readable(self, index: int, read: Callable[[VisionTower, Path], _Read | None]) -> tuple[Row, _Read]:
+        """The row at `index`, or the next whose image can be read, and what was read."""
         for offset in range(len(self.rows)):
             row = self.rows[(index + offset) % len(self.rows)]
-            features_NE = self._store.get(self._vision, row.image)
-            if features_NE is not None:
-                return row, features_NE
+            found = read(self._vision, row.image)
+            if found is not None:
+                return row, found
         raise DataError(f"no image of {len(self.rows)} rows can be read; run `qforge data check` on the manifest")
 
 

@@ -36,6 +36,12 @@ class Ema:
             self._swap()
 
     @torch.no_grad()
+    def replace(self) -> None:
+        """The model has the averages from now on."""
+        for name, parameter in self._trained.items():
+            parameter.copy_(self._averages[name])
+
+    @torch.no_grad()
     def _swap(self) -> None:
         for name, parameter in self._trained.items():
             own = parameter.detach().clone()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from runtime.errors import InputError, QforgeError
 from runtime.progress import Progress
 from trainer import resume
 from trainer.blip2 import Blip2
-from trainer.config import StageConfig
+from trainer.config import StageConfig, StageName
 from trainer.data import rows_at
 from trainer.draws import StepDraws
-from trainer.optimiser import learning_rate, make_optimiser
-from trainer.plans import STAGE_KINDS, Plan, StageName
+from trainer.ema import Ema
+from trainer.optimiser import make_optimiser, set_rates
+from trainer.plans import STAGE_KINDS, Plan
 from trainer.ranks import Ranks
 from trainer.watch import StepReport, Watcher
 
@@ -41,12 +43,14 @@ def fit(
 ) -> list[dict[str, float]]:
     """Run the steps that are left; returns every held-out measurement, oldest first.
 
-    `partial` is the folder of the resume point.
+    `partial` is the folder of the resume point. With an average of weights, that is what is measured and what the model
+    has in the end.
     """
     local = rows_per_rank(stage, config, ranks)
     model.train()
-    optimiser = make_optimiser(model.bridge, config)
-    done, history = resume.resume(partial, model, optimiser)
+    optimiser = make_optimiser(model, config)
+    ema = Ema(model, config.ema_decay) if config.ema_decay else None
+    done, history = resume.resume(partial, model, optimiser, ema)
     with progress.bar(stage, config.steps, done=done, items_per_step=config.batch_size) as bar:
         for step in range(done, config.steps):
             began = time.monotonic()
@@ -62,6 +66,8 @@ def fit(
                     f"({config.learning_rate}) or set clip_norm, then run again: it goes on from the last resume point"
                 )
             norm = _update(model, optimiser, loss, step, config)
+            if ema is not None:
+                ema.update()
             bar.advance(loss=value, **figures)
             data_s = sum(rows.take().seconds for rows in plan.rows)
             report = StepReport(
@@ -80,13 +86,16 @@ def fit(
                 watcher.after_step(model, report)
             last = step + 1 == config.steps
             if last or (step + 1) % config.eval_every == 0:
-                metrics = _measure(model, plan)
+                with ema.in_place() if ema is not None else nullcontext():
+                    metrics = _measure(model, plan)
                 history.append({"step": step + 1, "train_loss": value, **metrics})
                 progress.note(f"{stage} {step + 1}/{config.steps} held out: {_line(history[-1])}")
                 for watcher in watchers:
                     watcher.after_measurement(stage, step + 1, metrics)
             if not last and (step + 1) % config.save_every == 0:
-                resume.save(partial, model, optimiser, step + 1, history)
+                resume.save(partial, model, optimiser, step + 1, history, ema)
+    if ema is not None:
+        ema.replace()
     return history
 
 
@@ -104,13 +113,12 @@ def _update(
     model: Blip2, optimiser: torch.optim.Optimizer, loss: Tensor, step: int, config: StageConfig
 ) -> float | None:
     """One step of the optimiser; returns the norm of the gradient when it is clipped."""
-    for group in optimiser.param_groups:
-        group["lr"] = learning_rate(step, config)
+    set_rates(optimiser, step, config)
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     norm = None
     if config.clip_norm:
-        norm = float(nn.utils.clip_grad_norm_(model.bridge.parameters(), config.clip_norm))
+        norm = float(nn.utils.clip_grad_norm_(model.trained().parameters(), config.clip_norm))
     optimiser.step()
     return norm
 

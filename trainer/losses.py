@@ -45,16 +45,6 @@ def hard_negatives(logits_BB: Tensor, same_BB: Tensor) -> tuple[Tensor, Tensor]:
     return text_for_image, image_for_text
 
 
-def text_loss_by_row(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """As `text_loss`, averaged within each row first: a one-word answer counts as much as a long caption.
-
-    LAVIS averages over tokens, which lets the captions of a mixed batch drown its answers.
-    """
-    labels = labels_BT[:, 1:]
-    loss_BT = F.cross_entropy(logits_BTV[:, :-1].mT.float(), labels, ignore_index=IGNORED, reduction="none")
-    return (loss_BT.sum(1) / (labels != IGNORED).sum(1)).mean()
-
-
 def text_loss(logits_BTV: Tensor, labels_BT: Tensor, smoothing: float = 0.0) -> Tensor:
     """Next-token loss (nats per predicted token): position t predicts label t + 1; `IGNORED` labels are skipped."""
     return F.cross_entropy(

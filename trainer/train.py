@@ -8,13 +8,14 @@ import torch
 
 from runtime.files import atomic_folder
 from runtime.progress import Progress
+from trainer.bert import start_from_bert
 from trainer.blip2 import new_blip2
 from trainer.bridge import PARTS, Part
 from trainer.checkpoint import load_bridge, read_config, require_halves, write_checkpoint
-from trainer.config import ModelConfig, StageConfig
+from trainer.config import ModelConfig, StageConfig, StageName
 from trainer.data import FeatureStore, ResolvedData
 from trainer.fit import fit
-from trainer.plans import STAGE_KINDS, Ingredients, StageName
+from trainer.plans import STAGE_KINDS, Ingredients
 from trainer.ranks import Ranks
 from trainer.watch import Watcher
 
@@ -40,7 +41,7 @@ def run_stage(
     from stage to stage. All processes of `ranks` call this; the first writes.
     """
     torch.manual_seed(seed)
-    kind = STAGE_KINDS[stage]
+    kind, model = STAGE_KINDS[stage], config.adapted(model)
     began = None if init is None else read_config(init)
     given = PARTS if began is None else began.parts
     fresh = _fresh_parts(model, given)
@@ -49,8 +50,11 @@ def run_stage(
     if init is not None and began is not None:
         require_halves(init, began, model)
         load_bridge(blip2, init, fresh)
+    elif model.qformer_init is not None:
+        start_from_bert(blip2, model.qformer_init)
     if fresh:
         progress.note(f"{stage}: {init} has no {', '.join(fresh)} part; it starts from random weights")
+    blip2.prepare(config)
     blip2.to(ranks.device)
     plan = kind.plan(Ingredients(blip2, data, store, progress, ranks), config)
     partial = out.with_name(f".{out.name}.partial")

@@ -13,17 +13,28 @@ from runtime.files import sha256_of
 from runtime.progress import Progress
 from trainer import fit, plans, train
 from trainer.checkpoint import load_checkpoint
-from trainer.config import ModelConfig, Stage1Config, Stage2Config, StageConfig, VqaConfig
+from trainer.config import (
+    STAGES,
+    CaptionConfig,
+    ModelConfig,
+    RetrievalConfig,
+    Stage1Config,
+    Stage2Config,
+    StageConfig,
+    StageName,
+    VqaConfig,
+)
 from trainer.data import FeatureStore, ResolvedData, rows_at
 from trainer.optimiser import learning_rate, make_optimiser
-from trainer.plans import STAGES, StageName
 from trainer.ranks import Ranks
 
 SHORT = dict(steps=6, batch_size=8, warmup_steps=2, eval_every=3, eval_items=8, save_every=2, learning_rate=1e-3)
 CONFIGS: dict[StageName, StageConfig] = {
     "stage1": Stage1Config(**SHORT),
     "stage2": Stage2Config(**SHORT, precision="fp32"),
+    "caption": CaptionConfig(**SHORT),
     "vqa": VqaConfig(**SHORT),
+    "retrieval": RetrievalConfig(**SHORT, candidates=10),
 }
 
 
@@ -126,7 +137,7 @@ def test_broken_images_are_replaced_and_reported(model_config, data, world, tmp_
 
 
 def test_nan_stops_training_and_keeps_the_resume_point(model_config, data, tmp_path, monkeypatch) -> None:
-    objective = plans.CaptionObjective
+    objective = plans.Stage2
     real = objective.loss
     calls = []
 
@@ -191,7 +202,7 @@ def test_schedule_and_decay_groups(model_config) -> None:
     assert rates[55] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
     model = train.new_blip2(model_config, question_conditioned=True)
-    decayed, kept = (set(map(id, group["params"])) for group in make_optimiser(model.bridge, config).param_groups)
+    decayed, kept = (set(map(id, group["params"])) for group in make_optimiser(model, config).param_groups)
     assert id(model.bridge.temperature) in kept
     assert id(model.bridge.query_tokens) in kept
     assert id(model.bridge.embeddings.word_embeddings.weight) in kept
