@@ -23,7 +23,7 @@ from runtime.files import sha256_of, write_json_atomic
 from runtime.precision import Precision
 from runtime.preprocess import load_image
 from runtime.progress import Progress
-from trainer.config import DEMO, DataConfig, ModelConfig, StageConfig, StageName
+from trainer.config import DEMO, ModelConfig, StageConfig, StageName
 
 if TYPE_CHECKING:
     from trainer.data import FeatureStore
@@ -33,10 +33,15 @@ MANIFESTS = ("captions_train", "captions_val", "captions_test", "vqa_train", "vq
 TESTS = ("captions_test", "vqa_test")
 
 
-def manifests_of(data: DataConfig, out: Path) -> dict[str, Path]:
-    """Manifest paths by setting, as `trainer.data.resolve` has them, but without loading torch."""
+def manifests_of(recipe: Recipe, out: Path) -> dict[str, Path]:
+    """Manifest paths by setting, as `trainer.data.resolve` has them, but without loading torch.
+
+    Questions are for a recipe that trains on them; without, none need be there.
+    """
+    data = recipe.data
     root = out / "data" if data.root is None else data.root
-    names = {setting: getattr(data, setting) for setting in MANIFESTS}
+    read = [setting for setting in MANIFESTS if "vqa" in recipe.stages or not setting.startswith("vqa_")]
+    names = {setting: getattr(data, setting) for setting in read}
     return {setting: root / name for setting, name in names.items() if name is not None}
 
 
@@ -45,7 +50,7 @@ def fingerprint_data(recipe: Recipe, out: Path) -> dict[str, str]:
     if recipe.data.root is None:
         return {}
     found = {}
-    for manifest in manifests_of(recipe.data, out).values():
+    for manifest in manifests_of(recipe, out).values():
         found[str(manifest)] = sha256_of(manifest)
         for image in {row.image for row in read_manifest(manifest)}:
             found[str(image)] = _size_and_time(image) if image.is_file() else "missing"
@@ -85,7 +90,7 @@ def prepare_data(recipe: Recipe, out: Path, folder: Path) -> None:
         write_demo_world(recipe.data.demo, folder, Progress())
         return
     reports = {}
-    for setting, manifest in manifests_of(recipe.data, out).items():
+    for setting, manifest in manifests_of(recipe, out).items():
         report = check_manifest(manifest)
         reports[setting] = report.as_json()
         if report.ok:
@@ -112,13 +117,19 @@ def build_halves(recipe: Recipe, folder: Path) -> None:
 def train_stage(
     stage: StageName, recipe: Recipe, model: ModelConfig, out: Path, init: Path | None, folder: Path
 ) -> None:
-    """Train one stage from the checkpoint `init`, or go on with what an interrupted call left in `folder`."""
+    """Train one stage from the checkpoint `init`, or go on with what an interrupted call left in `folder`.
+
+    An image encoder that an earlier stage of this run trained takes the place of the recipe's.
+    """
     require("torch", extra="train", why="Training")
+    from trainer.checkpoint import with_trained_halves
     from trainer.data import resolve
     from trainer.ranks import join
     from trainer.train import run_stage
 
     config: StageConfig = getattr(recipe, stage)
+    if init is not None and out in init.parents:
+        model = with_trained_halves(model, init)
     size = config.adapted(model).image_size
     run_stage(
         stage,
@@ -148,13 +159,13 @@ def export_bundle(recipe: Recipe, precision: Precision, reuse: Path | None, out:
     require("onnx", extra="export", why="Exporting")
     from export.pipeline import export_bundle
 
-    manifests = manifests_of(recipe.data, out)
+    manifests = manifests_of(recipe, out)
     export_bundle(
         out / "checkpoint",
         folder,
         _gated(recipe.export, manifests),
         precision=precision,
-        calibration=[manifests["vqa_train"], manifests["captions_train"]],
+        calibration=[manifests[name] for name in ("vqa_train", "captions_train") if name in manifests],
         recipe_yaml=recipe.to_yaml(),
         reuse=reuse,
         progress=Progress(),
@@ -194,7 +205,7 @@ def bench(recipe: Recipe, bundles: Sequence[Path], out: Path, folder: Path) -> N
     """Bundles beside eager PyTorch, same inputs, same run."""
     # A broken gate is written in result.json, where `failures_of` finds it: the report that shows it is made first.
     with contextlib.suppress(CheckFailed):
-        measure(recipe, bundles, out / "checkpoint", manifests_of(recipe.data, out), folder)
+        measure(recipe, bundles, out / "checkpoint", manifests_of(recipe, out), folder)
 
 
 def measure(
@@ -209,8 +220,8 @@ def measure(
         checkpoint,
         recipe.bench,
         caption_rows=read_manifest(manifests["captions_test"]),
-        vqa_rows=read_manifest(manifests["vqa_test"]),
-        prior_rows=read_manifest(manifests["vqa_train"]),
+        vqa_rows=read_manifest(manifests["vqa_test"]) if "vqa_test" in manifests else [],
+        prior_rows=read_manifest(manifests["vqa_train"]) if "vqa_train" in manifests else [],
         out=folder,
         progress=Progress(),
     )

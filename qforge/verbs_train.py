@@ -10,27 +10,29 @@ from qforge.actions import failures_of
 from qforge.console import Outcome, must_be_ours
 from qforge.evaluation import reporting
 from qforge.recipe import Recipe, load_recipe, parse_recipe
-from qforge.run import STAGE_FOLDERS, STAGES, Finished, Stage, Start
+from qforge.run import Finished, Start, stage_folder, stages_to
 from qforge.run import run as run_recipe
 from runtime.dataset import check_manifest
 from runtime.errors import require
 from runtime.progress import Progress
+from trainer.config import StageName
 
 
 def run(recipe: Path, out: Path, init: Path | None, overrides: Sequence[str]) -> Outcome:
     """Every step of the recipe; exit 1 when a bundle does not hold its gates (the report is written all the same)."""
-    loaded, start = _begin(recipe, init, "vqa", overrides)
+    loaded, start = _begin(recipe, init, overrides)
     finished = run_recipe(loaded, out, start=start)
     report, failures = out / "report" / "report.md", failures_of(out)
     data = _as_data(finished) | {"report": str(report), "failures": failures}
     return Outcome(data, "\n".join([*failures, f"Report: {report}"]), 1 if failures else 0)
 
 
-def train(recipe: Path, out: Path, stage: Stage, init: Path | None, overrides: Sequence[str]) -> Outcome:
-    """The steps up to and with `stage`."""
-    loaded, start = _begin(recipe, init, stage, overrides)
-    finished = run_recipe(loaded, out, until=stage, start=start)
-    checkpoint = out / STAGE_FOLDERS[stage]
+def train(recipe: Path, out: Path, stage: StageName | None, init: Path | None, overrides: Sequence[str]) -> Outcome:
+    """The stage `stage` and those of the recipe that it goes on from; all of the recipe when None."""
+    loaded, start = _begin(recipe, init, overrides)
+    stages = loaded.stages if stage is None else stages_to(loaded.stages, stage)
+    finished = run_recipe(loaded, out, only=stages, start=start)
+    checkpoint = out / stage_folder(loaded, stages[-1])
     return Outcome(_as_data(finished) | {"checkpoint": str(checkpoint)}, f"Checkpoint: {checkpoint}")
 
 
@@ -55,11 +57,11 @@ def data_demo(out: Path, overrides: Sequence[str]) -> Outcome:
     return Outcome({"out": str(out), "settings": config.model_dump(mode="json")}, f"Demo world: {out}")
 
 
-def _begin(recipe: Path, init: Path | None, last: Stage, overrides: Sequence[str]) -> tuple[Recipe, Start | None]:
+def _begin(recipe: Path, init: Path | None, overrides: Sequence[str]) -> tuple[Recipe, Start | None]:
     """The recipe, and where to begin with it.
 
     A checkpoint brings its own model section, which `--set model.KEY=VALUE` may still change: its bridge fits no
-    other. Training goes on with the stage after its own, or with `last` when that is not behind it.
+    other. Training goes on with the stages behind its own.
     """
     if init is None:
         return load_recipe(recipe, overrides), None
@@ -74,8 +76,7 @@ def _begin(recipe: Path, init: Path | None, last: Stage, overrides: Sequence[str
     model = config.model.model_copy(update={"demo_halves": made})
     tree = loaded.model_dump(mode="json") | {"model": model.model_dump(mode="json")}
     loaded = parse_recipe(yaml.safe_dump(tree), of_model, source=f"{recipe} with the model of {init}")
-    done = STAGES.index(config.stage) if config.stage in STAGES else -1
-    return loaded, Start(init, STAGES[min(done + 1, STAGES.index(last))])
+    return loaded, Start(init, config.stage)
 
 
 def _as_data(finished: Finished) -> dict[str, object]:

@@ -144,9 +144,7 @@ def new_blip2(
         vision,
         language,
         None if config.language is None else load_tokenizer(config.language, "language"),
-        None
-        if config.text_tokenizer is None
-        else load_text_tokenizer(config.text_tokenizer, config.qformer.vocabulary),
+        None if texts is None else load_text_tokenizer(texts, rows),
         question_conditioned,
         parts,
     )

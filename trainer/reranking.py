@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.dataset import Row
-from runtime.index import EMBEDS, FEATURES, Embedded, embed_to, mapped
+from runtime.index import EMBEDS, FEATURES, Dtype, Embedded, embed_to, mapped
 from runtime.progress import Progress
 from runtime.recall import Captioned, candidate_pairs, captioned, recalls, rematched
 from runtime.retrieval import Floats
@@ -23,7 +23,7 @@ from trainer.blip2 import Blip2
 from trainer.ranks import Ranks
 from trainer.retrieval import EagerRetrieval
 
-STORED = "float16"
+STORED: Dtype = "float16"
 
 
 def reranked_recall(
