@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor
@@ -38,6 +37,7 @@ class Ranks:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
+        """Where this process computes."""
 
     @property
     def is_main(self) -> bool:
@@ -88,9 +88,9 @@ class DistributedRanks(Ranks):
 
     def gather(self, tensor_B: Tensor) -> Tensor:
         own = tensor_B.detach().contiguous()
-        everyone = own.new_empty(self.count * own.shape[0], *own.shape[1:])
-        dist.all_gather_into_tensor(everyone, own)
-        return everyone
+        everyone = own.new_empty(self.count, *own.shape)
+        dist.all_gather(list(everyone), own)
+        return everyone.flatten(0, 1)
 
     def gather_with_gradient(self, tensor_B: Tensor) -> Tensor:
         gathered: Tensor = _Gather.apply(tensor_B, self)
@@ -100,18 +100,12 @@ class DistributedRanks(Ranks):
         per_process = tensor_B.shape[0]
         order_K = torch.argsort(places_K, stable=True)  # so that what one process sends lies together
         wanted = torch.bincount(places_K // per_process, minlength=self.count)
-        asked = self._exchange_counts(wanted)
-        places = places_K.new_empty(int(asked.sum()))
-        dist.all_to_all_single(places, places_K[order_K].contiguous(), asked.tolist(), wanted.tolist())
-        sent = tensor_B[places - self.index * per_process].contiguous()
-        received = sent.new_empty(len(places_K), *sent.shape[1:])
-        received = dist_nn.all_to_all_single(received, sent, wanted.tolist(), asked.tolist())
+        asked = torch.empty_like(wanted)
+        dist.all_to_all_single(asked, wanted)
+        here, there = wanted.tolist(), asked.tolist()
+        places = _exchange(places_K[order_K], here, there)
+        received: Tensor = _Exchange.apply(tensor_B[places - self.index * per_process], there, here)
         return received[torch.argsort(order_K)]
-
-    def _exchange_counts(self, counts_R: Tensor) -> Tensor:
-        others = torch.empty_like(counts_R)
-        dist.all_to_all_single(others, counts_R)
-        return others
 
     def all_true(self, flag: bool) -> bool:
         verdict = torch.tensor(int(flag), device=self.device)
@@ -151,7 +145,27 @@ class _Gather(torch.autograd.Function):
         return total[ctx.ranks.index * ctx.rows :][: ctx.rows], None
 
 
+def _exchange(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    """Send `sent[r]` rows, in order, to every process r; returns those that it sends here."""
+    heard = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(heard, rows.contiguous(), received, sent)
+    return heard
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        ctx.sent, ctx.received = sent, received
+        return _exchange(rows, sent, received)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _exchange(gradients[0], ctx.received, ctx.sent), None, None
+
+
 def join() -> Ranks:
     """This process among those that a launcher started with it; alone, when none did."""
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
-    return Ranks(state.device) if state.num_processes == 1 else DistributedRanks(state.device)
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    device = torch.device("cpu") if on_cpu else state.device
+    return Ranks(device) if state.num_processes == 1 else DistributedRanks(device)
