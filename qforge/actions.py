@@ -127,6 +127,7 @@ def train_stage(
     from trainer.ranks import join
     from trainer.train import run_stage
 
+    ranks = join()
     config: StageConfig = getattr(recipe, stage)
     if init is not None and out in init.parents:
         model = with_trained_halves(model, init)
@@ -141,8 +142,8 @@ def train_stage(
         out=folder,
         recipe_yaml=recipe.to_yaml(),
         store=_features(model.vision, model.vision_layer, size, out),
-        progress=Progress(),
-        ranks=join(),
+        progress=Progress(quiet=not ranks.is_main),
+        ranks=ranks,
     )
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from qforge import actions
+from qforge.peers import join
 from qforge.recipe import Recipe
-from qforge.steps import Done, Step, folder_lock, run_steps
+from qforge.steps import Done, Step, folder_lock, follow_steps, run_steps
 from runtime.errors import InputError
 from runtime.files import write_text_atomic
 from runtime.precision import NOT_ON_CPU, Precision
@@ -52,7 +53,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Finished:
-    """A run whose steps are all up to date."""
+    """A run whose steps are all up to date; a process that followed another knows of none."""
 
     out: Path
     steps: list[Done]
@@ -68,14 +69,19 @@ def run(
 ) -> Finished:
     """Bring every step of the recipe up to date in `out`, or the training of the stages `only`; `say` gets the lines.
 
-    `start` is the checkpoint to begin from; the stages behind it are left out.
+    `start` is the checkpoint to begin from; the stages behind it are left out. Of several processes that a launcher
+    started, all train, and the first does everything else.
     """
     if only is None:
         _require_answers(recipe, out)
-    table = steps_of(recipe, out, start, only)
-    with folder_lock(out):
-        write_text_atomic(out / "recipe.yaml", recipe.to_yaml())
-        return Finished(out, run_steps(table, out, say or _to_stderr))
+    table, peers = steps_of(recipe, out, start, only), join()
+    with peers.together():
+        if not peers.is_main:
+            follow_steps(table, peers)
+            return Finished(out, [])
+        with folder_lock(out):
+            write_text_atomic(out / "recipe.yaml", recipe.to_yaml())
+            return Finished(out, run_steps(table, out, say or _to_stderr, peers))
 
 
 def stage_folder(recipe: Recipe, stage: StageName) -> str:
@@ -147,6 +153,7 @@ def steps_of(
             after=("data", *(step.name for step in halves), *earlier),
             code=TRAINS,
             resumes=True,
+            together=True,
         )
 
     def exporting(precision: Precision, first: Precision) -> Step:

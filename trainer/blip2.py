@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runtime.errors import CheckpointError
@@ -112,6 +113,20 @@ class TextBatch:
 
     ids: Tensor
     mask: Tensor
+
+    def to(self, device: torch.device) -> "TextBatch":
+        """The same on another device."""
+        return TextBatch(self.ids.to(device), self.mask.to(device))
+
+    def padded(self, length: int) -> "TextBatch":
+        """With padding up to `length` tokens; what fills it is hidden by the mask."""
+        more = length - self.ids.shape[1]
+        return TextBatch(F.pad(self.ids, (0, more)), F.pad(self.mask, (0, more)))
+
+    def trimmed(self) -> "TextBatch":
+        """As long as its longest text."""
+        longest = int(self.mask.sum(1).max())
+        return TextBatch(self.ids[:, :longest], self.mask[:, :longest])
 
 
 def text_batch(model: Blip2, texts: list[str]) -> TextBatch:

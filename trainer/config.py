@@ -183,7 +183,7 @@ class StageConfig(Settings):
     steps: PositiveInt
     """Optimiser steps."""
     batch_size: PositiveInt
-    """Image-text pairs in a step."""
+    """Image-text pairs in a step, over all processes together."""
     learning_rate: PositiveFloat = 1e-4
     """Peak rate."""
     min_learning_rate: NonNegativeFloat = 1e-5
@@ -198,8 +198,15 @@ class StageConfig(Settings):
     """Decay of matrices; vectors, scalars, embeddings and queries are not decayed."""
     clip_norm: NonNegativeFloat = 1.0
     """Largest gradient norm; 0 switches clipping off."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Autocast type of the forward pass; weights and optimiser stay fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Autocast type of the forward pass (fp16 with a loss scale); weights and optimiser stay fp32."""
+    accumulation: PositiveInt = 1
+    """Parts in which each process takes its rows, one after the other, for a batch that does not fit into memory; the
+    contrastive batch stays the whole one."""
+    shard: tuple[Literal["vision", "language"], ...] = ()
+    """Halves whose layers are shared out among the processes (FSDP2), for what does not fit on one device."""
+    compile: bool = False
+    """Compile the frozen halves (torch.compile): faster steps after a slow first one."""
     eval_every: PositiveInt = 1_000
     """Steps between held-out metrics (always measured at the end)."""
     eval_items: PositiveInt = 256
@@ -231,6 +238,12 @@ class StageConfig(Settings):
                 raise ValueError(f"{name} is for a trained image encoder; set train_vision too, or leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _scale_is_whole(self) -> "StageConfig":
+        if self.precision == "fp16" and self.train_vision and "vision" in self.shard:
+            raise ValueError("a trained image encoder that is sharded has no fp16 loss scale; set precision to bf16")
+        return self
+
     def adapted(self, model: ModelConfig) -> ModelConfig:
         """The model section as this stage trains it."""
         return model if self.image_size is None else model.model_copy(update={"image_size": self.image_size})
@@ -249,6 +262,30 @@ class Stage1Config(StageConfig):
     """Weight of image-text matching; 0 switches it off."""
     itg_weight: NonNegativeFloat = 1.0
     """Weight of image-grounded text generation; 0 switches it off."""
+    itc_key_gradient: bool = True
+    """Whether ITC's gradient also reaches the features that an anchor is compared with, on all processes, as the loss
+    has it; false is LAVIS' way (image features then learn as image-to-text anchors alone, texts likewise)."""
+    itc_queue: NonNegativeInt = 0
+    """Pairs of past steps that ITC compares with, encoded by a momentum encoder (57,600 in BLIP); 0: neither. At least
+    `batch_size`."""
+    itc_momentum: float = Field(default=0.995, ge=0, lt=1)
+    """Share of itself that the momentum encoder keeps in a step."""
+    temperature_range: tuple[PositiveFloat, PositiveFloat] | None = None
+    """Limits the learned temperature is held to ([0.001, 0.5] in BLIP); null: none, as BLIP-2."""
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "Stage1Config":
+        if not (self.itc_weight or self.itm_weight or self.itg_weight):
+            raise ValueError("itc_weight, itm_weight and itg_weight are all 0; give one of them a weight")
+        if 0 < self.itc_queue < self.batch_size:
+            raise ValueError(
+                f"itc_queue {self.itc_queue} holds less than a batch ({self.batch_size}); 0 switches it off"
+            )
+        if self.itc_queue and not self.itc_weight:
+            raise ValueError("itc_queue serves ITC, but itc_weight is 0")
+        if self.temperature_range is not None and self.temperature_range[0] > self.temperature_range[1]:
+            raise ValueError(f"temperature_range {list(self.temperature_range)}: expected the smaller limit first")
+        return self
 
 
 class SpeakingConfig(StageConfig):

@@ -2,7 +2,7 @@
 
 Nothing depends on how many processes share the batch: row 17 of step 300 gets the same caption, crop and split on one
 process and on sixteen, so a run that is resumed on another number of processes goes on with the same draws. Dropout is
-the exception, it comes from torch's own generator (seeded by seed, stage, step and process).
+the exception, it comes from torch's own generator (seeded by seed, stage, step, process and part).
 """
 
 import zlib
@@ -42,9 +42,9 @@ class StepDraws:
         chosen = tuple(place if self.places is None else self.places[place] for place in places)
         return replace(self, places=chosen)
 
-    def torch_seed(self, process: int) -> int:
-        """Seed of torch's generator (dropout) on process `process`."""
-        return int(np.random.SeedSequence([*self.key, 2, process]).generate_state(1)[0])
+    def torch_seed(self, process: int, part: int) -> int:
+        """Seed of torch's generator (dropout) for one part of the rows of process `process`."""
+        return int(np.random.SeedSequence([*self.key, 2, process, part]).generate_state(1)[0])
 
 
 def _number(purpose: str) -> int:

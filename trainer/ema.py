@@ -29,20 +29,15 @@ class Ema:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The model has the averages; afterwards its own weights again."""
-        self._swap()
+        self.swap()
         try:
             yield
         finally:
-            self._swap()
+            self.swap()
 
     @torch.no_grad()
-    def replace(self) -> None:
-        """The model has the averages from now on."""
-        for name, parameter in self._trained.items():
-            parameter.copy_(self._averages[name])
-
-    @torch.no_grad()
-    def _swap(self) -> None:
+    def swap(self) -> None:
+        """Exchange the model's weights and their averages."""
         for name, parameter in self._trained.items():
             own = parameter.detach().clone()
             parameter.copy_(self._averages[name])

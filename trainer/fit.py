@@ -1,133 +1,137 @@
 """The loop: the steps of one stage that are left, with held-out measurements and resume points between them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-from runtime.errors import InputError, QforgeError
-from runtime.progress import Progress
-from trainer import resume
+from runtime.progress import Bar, Progress
 from trainer.blip2 import Blip2
 from trainer.config import StageConfig, StageName
 from trainer.data import rows_at
 from trainer.draws import StepDraws
 from trainer.ema import Ema
-from trainer.optimiser import make_optimiser, set_rates
+from trainer.guard import stop
 from trainer.plans import STAGE_KINDS, Plan
 from trainer.ranks import Ranks
-from trainer.watch import StepReport, Watcher
+from trainer.resume import OptimiserState, Progressed, ResumePoints, Stateful
+from trainer.stepper import Stepped, Stepper
+from trainer.watch import StepReport, Watcher, watched
 
 
-class TrainingFailed(QforgeError, ArithmeticError):
-    """The loss is no longer a number."""
+class Fit:
+    """One stage being trained; `run` does it."""
 
-    exit_code = 1
+    def __init__(
+        self,
+        stage: StageName,
+        model: Blip2,
+        plan: Plan,
+        config: StageConfig,
+        *,
+        seed: int,
+        partial: Path,
+        settings: Mapping[str, Any],
+        recipe_yaml: str,
+        ranks: Ranks,
+        progress: Progress,
+        watchers: Sequence[Watcher] = (),
+    ) -> None:
+        """`partial` is the folder of the resume point, `settings` is what decides the result (JSON-able)."""
+        self._stage, self._model, self._plan, self._config, self._seed = stage, model, plan, config, seed
+        self._partial, self._settings, self._recipe_yaml = partial, settings, recipe_yaml
+        self._ranks, self._progress, self._watchers = ranks, progress, watchers
+        self._stepper = Stepper(stage, model, plan.objective, config, ranks)
+        self._ema = Ema(model, config.ema_decay) if config.ema_decay else None
 
+    def run(self) -> list[dict[str, float]]:
+        """Run the steps that are left; returns every held-out measurement, oldest first.
 
-def fit(
-    stage: StageName,
-    model: Blip2,
-    plan: Plan,
-    config: StageConfig,
-    *,
-    seed: int,
-    partial: Path,
-    ranks: Ranks,
-    progress: Progress,
-    watchers: Sequence[Watcher] = (),
-) -> list[dict[str, float]]:
-    """Run the steps that are left; returns every held-out measurement, oldest first.
-
-    `partial` is the folder of the resume point. With an average of weights, that is what is measured and what the model
-    has in the end.
-    """
-    local = rows_per_rank(stage, config, ranks)
-    model.train()
-    optimiser = make_optimiser(model, config)
-    ema = Ema(model, config.ema_decay) if config.ema_decay else None
-    done, history = resume.resume(partial, model, optimiser, ema)
-    with progress.bar(stage, config.steps, done=done, items_per_step=config.batch_size) as bar:
-        for step in range(done, config.steps):
-            began = time.monotonic()
-            draws = StepDraws((seed, STAGE_KINDS[stage].number, step), ranks.index * local, config.batch_size)
-            torch.manual_seed(draws.torch_seed(ranks.index))
-            indices = rows_at(step, config.batch_size, len(plan.rows[0]), seed)[draws.first :][:local]
-            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, figures = plan.objective.loss(model, indices, draws, ranks)
-            value = float(loss.detach())
-            if not np.isfinite(value):
-                raise TrainingFailed(
-                    f"{stage}: the loss is {value} at step {step + 1} of {config.steps}; lower learning_rate "
-                    f"({config.learning_rate}) or set clip_norm, then run again: it goes on from the last resume point"
-                )
-            norm = _update(model, optimiser, loss, step, config)
-            if ema is not None:
-                ema.update()
-            bar.advance(loss=value, **figures)
-            data_s = sum(rows.take().seconds for rows in plan.rows)
-            report = StepReport(
-                stage=stage,
-                step=step + 1,
-                steps=config.steps,
-                loss=value,
-                figures=figures,
-                rows=config.batch_size,
-                learning_rate=max(group["lr"] for group in optimiser.param_groups),
-                gradient_norm=norm,
-                data_s=data_s,
-                compute_s=time.monotonic() - began - data_s,
+        The model ends with the weights to keep: the averages, where the stage has some.
+        """
+        config, model = self._config, self._model
+        with ResumePoints(self._partial, self._parts(), self._settings, writes=self._ranks.is_main) as points:
+            done = points.restore()
+            bar_of_stage = self._progress.bar(
+                self._stage, config.steps, done=done.step, items_per_step=config.batch_size
             )
-            for watcher in watchers:
-                watcher.after_step(model, report)
-            last = step + 1 == config.steps
-            if last or (step + 1) % config.eval_every == 0:
-                with ema.in_place() if ema is not None else nullcontext():
-                    metrics = _measure(model, plan)
-                history.append({"step": step + 1, "train_loss": value, **metrics})
-                progress.note(f"{stage} {step + 1}/{config.steps} held out: {_line(history[-1])}")
-                for watcher in watchers:
-                    watcher.after_measurement(stage, step + 1, metrics)
-            if not last and (step + 1) % config.save_every == 0:
-                resume.save(partial, model, optimiser, step + 1, history, ema)
-    if ema is not None:
-        ema.replace()
-    return history
+            model.train()
+            with watched(self._watchers, done.step), bar_of_stage as bar:
+                while done.step < config.steps:
+                    stepped = self._step(done, points, bar)
+                    last = done.step == config.steps
+                    if last or done.step % config.eval_every == 0:
+                        self._measure(done, stepped)
+                    if not last and done.step % config.save_every == 0:
+                        for watcher in self._watchers:
+                            watcher.before_resume_point()
+                        points.save(done)
+        if self._ema is not None:
+            self._ema.swap()
+        return done.history
 
+    def _parts(self) -> dict[str, Stateful]:
+        """What a resume point holds."""
+        averages: dict[str, Stateful] = {} if self._ema is None else {"averages": self._ema}
+        return {
+            "weights": self._model.trained(),
+            "optimiser": OptimiserState(self._stepper.optimiser),
+            "loss_scale": self._stepper.scaler,
+            **averages,
+            **self._plan.state,
+        }
 
-def rows_per_rank(stage: str, config: StageConfig, ranks: Ranks) -> int:
-    """Rows of a step on each process; InputError unless the global batch divides evenly."""
-    if config.batch_size % ranks.count:
-        raise InputError(
-            f"{stage}.batch_size: expected a multiple of the {ranks.count} processes, found {config.batch_size}: it is "
-            f"the batch of all processes together"
+    def _step(self, done: Progressed, points: ResumePoints, bar: Bar) -> Stepped:
+        config, ranks, rows = self._config, self._ranks, self._stepper.rows
+        began = time.monotonic()
+        draws = StepDraws(
+            (self._seed, STAGE_KINDS[self._stage].number, done.step), ranks.index * rows, config.batch_size
         )
-    return config.batch_size // ranks.count
+        order = rows_at(done.step, config.batch_size, len(self._plan.rows[0]), self._seed)
+        stepped = self._stepper.step(done.step, order[draws.first :][:rows], draws)
+        taken = [rows.take() for rows in self._plan.rows]
+        if not stepped.finite:
+            points.save(done)
+            images = [image for part in taken for image in part.image_ids]
+            folder = self._partial.with_name(f"{self._stage}-failed-at-step-{done.step + 1}")
+            raise stop(
+                self._stage, done.step + 1, self._model, config, stepped, images, folder=folder,
+                recipe_yaml=self._recipe_yaml, ranks=ranks,
+            )  # fmt: skip
+        if self._ema is not None:
+            self._ema.update()
+        done.step += 1
+        bar.advance(loss=stepped.loss, **stepped.figures)
+        data_s = sum(part.seconds for part in taken)
+        report = StepReport(
+            stage=self._stage,
+            step=done.step,
+            steps=config.steps,
+            loss=stepped.loss,
+            figures=stepped.figures,
+            rows=config.batch_size,
+            learning_rates=tuple(group["lr"] for group in self._stepper.optimiser.param_groups),
+            gradient_norm=stepped.gradient_norm,
+            data_s=data_s,
+            compute_s=time.monotonic() - began - data_s,
+        )
+        for watcher in self._watchers:
+            watcher.after_step(self._model, report)
+        return stepped
 
-
-def _update(
-    model: Blip2, optimiser: torch.optim.Optimizer, loss: Tensor, step: int, config: StageConfig
-) -> float | None:
-    """One step of the optimiser; returns the norm of the gradient when it is clipped."""
-    set_rates(optimiser, step, config)
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = None
-    if config.clip_norm:
-        norm = float(nn.utils.clip_grad_norm_(model.trained().parameters(), config.clip_norm))
-    optimiser.step()
-    return norm
-
-
-def _measure(model: Blip2, plan: Plan) -> dict[str, float]:
-    model.eval()
-    metrics = plan.evaluate(model)
-    model.train()
-    return metrics
+    def _measure(self, done: Progressed, stepped: Stepped) -> None:
+        """Held-out metrics, of the averages where there are some. Every process measures; the first one's count."""
+        self._model.eval()
+        with self._ema.in_place() if self._ema is not None else nullcontext(), torch.compiler.set_stance("force_eager"):
+            metrics = self._ranks.tell(self._plan.evaluate(self._model))
+        self._model.train()
+        done.history.append({"step": done.step, "train_loss": stepped.loss, **metrics})
+        self._progress.note(f"{self._stage} {done.step}/{self._config.steps} held out: {_line(done.history[-1])}")
+        for watcher in self._watchers:
+            watcher.after_measurement(self._stage, done.step, metrics)
 
 
 def _line(entry: dict[str, float]) -> str:

@@ -3,8 +3,8 @@
 A new stage is a row of `STAGE_KINDS` and its section in the recipe; the loop knows none by name.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -19,8 +19,10 @@ from trainer.data import FeatureStore, ImageRows, ResolvedData
 from trainer.demo_world import scorers_for
 from trainer.draws import StepDraws
 from trainer.generate import EagerPipeline
+from trainer.momentum import MomentumEncoder
 from trainer.ranks import Ranks
 from trainer.reranking import reranked_recall
+from trainer.resume import Stateful
 from trainer.speaking import CaptionObjective, Stage2, VqaObjective
 from trainer.stage1 import Stage1
 
@@ -46,6 +48,9 @@ class Plan:
     rows: tuple[ImageRows, ...]
     """What is trained on; a step draws from the first."""
     evaluate: Callable[[Blip2], dict[str, float]]
+    """Held-out metrics; every process calls it."""
+    state: Mapping[str, Stateful] = field(default_factory=dict)
+    """What a resume point holds beside weights and optimiser (a momentum encoder and its queue), by name."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,10 @@ def _stage1(given: Ingredients, config: StageConfig) -> Plan:
     assert isinstance(config, Stage1Config)
     caption_rows, described = given.data.captions()
     captions = given.with_images(caption_rows)
-    objective = Stage1(config, captions, given.with_images(described[: config.eval_items]))
+    momentum = None
+    if config.itc_queue:
+        momentum = MomentumEncoder(given.model.bridge, config.itc_momentum, config.itc_queue)
+    objective = Stage1(config, captions, given.with_images(described[: config.eval_items]), momentum)
     return Plan(objective, (captions,), objective.evaluate)
 
 

@@ -7,6 +7,8 @@ Every method but the properties must be called by all processes in the same orde
 """
 
 import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -78,6 +80,11 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until all are here."""
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails in here because another process has ended becomes `PeerLost`."""
+        yield
+
 
 class DistributedRanks(Ranks):
     """One of several processes, over torch.distributed (NCCL on GPUs, gloo on CPUs)."""
@@ -131,6 +138,18 @@ class DistributedRanks(Ranks):
     def barrier(self) -> None:
         dist.barrier()
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, QforgeError) or not (isinstance(error, dist.DistError) or _of_transport(error)):
+                raise
+            raise PeerLost(
+                f"another of the {self.count} processes of this run has ended, so process {self.index} ends too; what "
+                f"that one said is the reason. Finished steps and resume points are kept: start the same command again"
+            ) from error
+
 
 class _Gather(torch.autograd.Function):
     @staticmethod
@@ -143,6 +162,11 @@ class _Gather(torch.autograd.Function):
         total = gradients[0].contiguous().clone()
         dist.all_reduce(total)
         return total[ctx.ranks.index * ctx.rows :][: ctx.rows], None
+
+
+def _of_transport(error: RuntimeError) -> bool:
+    """Whether gloo or NCCL could not reach a process; they say so in words alone."""
+    return any(name in str(error) for name in ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"))
 
 
 def _exchange(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:

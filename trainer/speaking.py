@@ -1,6 +1,5 @@
 """The objectives that learn through the language model: stage 2, the caption fine-tune, the VQA fine-tune."""
 
-import hashlib
 import math
 
 import torch
@@ -15,14 +14,16 @@ from trainer.draws import StepDraws
 from trainer.generative import language_loss, query_states, said_loss
 from trainer.losses import itc_loss, same_image, similarities
 from trainer.ranks import Ranks
+from trainer.stage1 import number_of
 from trainer.targets import Target, caption_target, question_target, split_target, turn_target
 
 
-# Shape letters: B rows of this process, Q queries, H Q-Former width
+# Shape letters: B rows of this process, Q queries, H Q-Former width, C contrastive width
 class Stage2:
     """Captions, which an encoder-decoder reads the beginning of; image-text contrast beside it where it has a weight.
 
-    The contrast is ITC of stage 1 over the global batch, on the very queries that the language model is given.
+    The contrast is ITC of stage 1 over the rows of all processes (of one part of an accumulated batch), on the very
+    queries that the language model is given. Gradients reach both sides of every pair.
     """
 
     def __init__(self, config: Stage2Config, train: ImageRows) -> None:
@@ -37,18 +38,21 @@ class Stage2:
         said = said_loss(model, query_BQH, targets)
         if not self.config.itc_weight:
             return said, {}
-        itc = self.config.itc_weight * self._contrast(model, query_BQH, rows, draws, ranks)
-        return said + itc, {"lm": float(said.detach()), "itc": float(itc.detach())}
+        itc = self._contrast(model, query_BQH, rows, draws, ranks)
+        return said + self.config.itc_weight * itc, {"lm": float(said.detach()), "itc": float(itc.detach())}
 
     def _contrast(self, model: Blip2, query_BQH: Tensor, rows: list[Row], draws: StepDraws, ranks: Ranks) -> Tensor:
         captions = [str(draws.row(place, "contrast").choice(row.captions)) for place, row in enumerate(rows)]
         texts = text_batch(model, [normalise_caption(caption) for caption in captions])
-        image = ranks.gather_with_gradient(model.bridge.likeness(query_BQH))
-        text = ranks.gather_with_gradient(model.bridge.text_features(texts.ids, texts.mask))
-        numbers = torch.tensor([_number(row.image_id) for row in rows], device=query_BQH.device)
-        same = same_image(ranks.gather(numbers))
-        logits = model.bridge.over_temperature(similarities(image, text))
-        return itc_loss(logits, same, self.config.label_smoothing)
+        image_BQC = model.bridge.likeness(query_BQH)
+        text_BC = model.bridge.text_features(texts.ids, texts.mask)
+        numbers_B = torch.tensor([number_of(row.image_id) for row in rows], device=query_BQH.device)
+        return itc_loss(
+            model.bridge.over_temperature(similarities(image_BQC, ranks.gather_with_gradient(text_BC))),
+            model.bridge.over_temperature(similarities(ranks.gather_with_gradient(image_BQC), text_BC).T),
+            same_image(numbers_B, ranks.gather(numbers_B)),
+            self.config.label_smoothing,
+        )
 
 
 class CaptionObjective:
@@ -106,8 +110,3 @@ class VqaObjective:
         """True for `caption_fraction` of any row of consecutive places, to the nearest."""
         share = self.caption_fraction
         return math.floor((place + 1) * share + 0.5) > math.floor(place * share + 0.5)
-
-
-def _number(image_id: str) -> int:
-    """A number that is the same on every process."""
-    return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8], "big", signed=True)

@@ -14,9 +14,10 @@ from trainer.bridge import PARTS, Part
 from trainer.checkpoint import load_bridge, read_config, require_halves, write_checkpoint
 from trainer.config import ModelConfig, StageConfig, StageName
 from trainer.data import FeatureStore, ResolvedData
-from trainer.fit import fit
+from trainer.fit import Fit
 from trainer.plans import STAGE_KINDS, Ingredients
 from trainer.ranks import Ranks
+from trainer.shard import spread, whole
 from trainer.watch import Watcher
 
 
@@ -56,16 +57,32 @@ def run_stage(
         progress.note(f"{stage}: {init} has no {', '.join(fresh)} part; it starts from random weights")
     blip2.prepare(config)
     blip2.to(ranks.device)
+    spread(stage, blip2, config, ranks)
     plan = kind.plan(Ingredients(blip2, data, store, progress, ranks), config)
     partial = out.with_name(f".{out.name}.partial")
-    history = fit(
-        stage, blip2, plan, config, seed=seed, partial=partial, ranks=ranks, progress=progress, watchers=watchers
-    )
-    broken = {path: why for rows in plan.rows for path, why in rows.broken().items()}
+    settings = {"seed": seed, "model": model.model_dump(mode="json"), stage: config.model_dump(mode="json")}
+    history = Fit(
+        stage,
+        blip2,
+        plan,
+        config,
+        seed=seed,
+        partial=partial,
+        settings=settings,
+        recipe_yaml=recipe_yaml,
+        ranks=ranks,
+        progress=progress,
+        watchers=watchers,
+    ).run()
+    found = ranks.collect({path: why for rows in plan.rows for path, why in rows.broken().items()})
+    broken = {path: why for of_process in found for path, why in of_process.items()}
     metrics = {"stage": stage, "held_out": history, "broken_images": broken}
-    with atomic_folder(out) as folder:
-        write_checkpoint(blip2, folder, stage=stage, metrics=metrics, recipe_yaml=recipe_yaml)
-    shutil.rmtree(partial, ignore_errors=True)
+    with whole(blip2):
+        if ranks.is_main:
+            with atomic_folder(out) as folder:
+                write_checkpoint(blip2, folder, stage=stage, metrics=metrics, recipe_yaml=recipe_yaml)
+            shutil.rmtree(partial, ignore_errors=True)
+    ranks.barrier()
     if broken:
         progress.note(f"{stage}: {len(broken)} images could not be read and were replaced; metrics.json names them")
     return out

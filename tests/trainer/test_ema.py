@@ -32,7 +32,7 @@ def test_the_average_is_torchs_and_takes_the_place_of_the_weights() -> None:
             torch.testing.assert_close(found, expected)
         assert not torch.equal(model[1].weight, own[2])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), own, strict=True))
-    ema.replace()
+    ema.swap()
     torch.testing.assert_close(model[1].weight, theirs.module[1].weight)
 
 
@@ -42,7 +42,7 @@ def test_only_trained_weights_are_kept_and_a_state_brings_them_back() -> None:
     assert state.keys() == {"0.bias", "1.weight", "1.bias"}
     fresh, other, _ = trained(0)
     other.load_state_dict(state)
-    other.replace()
+    other.swap()
     torch.testing.assert_close(fresh[1].bias, theirs.module[1].bias)
     with pytest.raises(KeyError, match="averages of other weights"):
         other.load_state_dict({"0.bias": state["0.bias"]})

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from runtime.errors import CheckpointError, DataError
 from runtime.files import sha256_of
 from runtime.progress import Progress
-from trainer import fit, plans, train
+from trainer import plans, train
 from trainer.checkpoint import load_checkpoint
 from trainer.config import (
     STAGES,
@@ -25,8 +25,10 @@ from trainer.config import (
     VqaConfig,
 )
 from trainer.data import FeatureStore, ResolvedData, rows_at
+from trainer.guard import TrainingFailed
 from trainer.optimiser import learning_rate, make_optimiser
 from trainer.ranks import Ranks
+from trainer.stepper import Stepper
 
 SHORT = dict(steps=6, batch_size=8, warmup_steps=2, eval_every=3, eval_items=8, save_every=2, learning_rate=1e-3)
 CONFIGS: dict[StageName, StageConfig] = {
@@ -64,15 +66,15 @@ class Killed(BaseException):
 @pytest.mark.parametrize("stage", STAGES)
 def test_resumed_equals_uninterrupted(stage, model_config, data, tmp_path, monkeypatch) -> None:
     whole = run(stage, model_config, data, tmp_path / "whole")
-    update, seen = fit._update, []
+    step, seen = Stepper.step, []
 
-    def dying(model, optimiser, loss, step, config):
-        if step == 5 and len(seen) == 5:
+    def dying(self, number, indices, draws):
+        if number == 5 and len(seen) == 5:
             raise Killed
-        seen.append(step)
-        return update(model, optimiser, loss, step, config)
+        seen.append(number)
+        return step(self, number, indices, draws)
 
-    monkeypatch.setattr(fit, "_update", dying)
+    monkeypatch.setattr(Stepper, "step", dying)
     with pytest.raises(Killed):
         run(stage, model_config, data, tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
@@ -147,7 +149,7 @@ def test_nan_stops_training_and_keeps_the_resume_point(model_config, data, tmp_p
         return (loss * float("nan") if len(calls) == 4 else loss), figures
 
     monkeypatch.setattr(objective, "loss", poisoned)
-    with pytest.raises(fit.TrainingFailed, match="step 4 of 6"):
+    with pytest.raises(TrainingFailed, match="step 4 of 6"):
         run("stage2", model_config, data, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.partial" / "resume.pt").is_file()
