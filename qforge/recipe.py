@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
@@ -204,7 +204,9 @@ def _initials(key: str) -> str:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model behind a field's annotation, `Model | None` included."""
+    """The pydantic model behind a field's annotation, `Model | None` included, but not the items of a list."""
+    if get_origin(annotation) is tuple:
+        return None
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate

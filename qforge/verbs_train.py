@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast, get_args
 
 import yaml
 
@@ -13,10 +14,12 @@ from qforge.peers import is_follower
 from qforge.recipe import Recipe, load_recipe, parse_recipe
 from qforge.run import Finished, Start, stage_folder, stages_to
 from qforge.run import run as run_recipe
-from runtime.dataset import check_manifest
-from runtime.errors import require
+from runtime.errors import InputError, require
 from runtime.progress import Progress
-from trainer.config import StageName
+from trainer.config import Format, StageName
+from trainer.sources.check import check_source
+from trainer.sources.detect import format_of
+from trainer.sources.source import ALL, Source
 
 
 def run(recipe: Path, out: Path, init: Path | None, overrides: Sequence[str]) -> Outcome:
@@ -39,15 +42,21 @@ def train(recipe: Path, out: Path, stage: StageName | None, init: Path | None, o
     return Outcome(_as_data(finished) | {"checkpoint": str(checkpoint)}, f"Checkpoint: {checkpoint}")
 
 
-def data_check(manifest: Path) -> Outcome:
-    """Counts and problems of one manifest."""
-    with reporting(f"checking {manifest.name}") as progress:
-        report = check_manifest(manifest, progress)
-    facts = report.as_json()
-    counts = [f"{name}: {facts[name]:,}" for name in ("rows", "images", "captions", "questions", "answers")]
+def data_check(path: Path, form: str | None, split: str | None, images: Path | None, answers: Path | None) -> Outcome:
+    """Counts and problems of one data set."""
+    if form is not None and form not in get_args(Format):
+        raise InputError(f"--format: expected one of {', '.join(get_args(Format))}, found {form}")
+    kind = cast(Format, form) if form is not None else format_of(path)
+    source = Source(path, kind, split or ALL, images, answers)
+    with reporting(f"checking {path.name}") as progress:
+        report = check_source(source, progress)
+    facts = report.as_json() | {"format": kind}
+    counted = ("rows", "images", "captions", "questions", "answers", "turns", "cut")
+    counts = [f"{name}: {facts[name]:,}" for name in counted]
     modes = "image modes: " + (", ".join(f"{mode} {count:,}" for mode, count in report.modes.items()) or "none")
     verdict = "No problems." if report.ok else f"{len(report.problems)} problems:"
-    return Outcome(facts, "\n".join([*counts, modes, verdict, *report.problems]), 0 if report.ok else 1)
+    lines = [f"format: {kind}", *counts, modes, verdict, *report.problems]
+    return Outcome(facts, "\n".join(lines), 0 if report.ok else 1)
 
 
 def data_demo(out: Path, overrides: Sequence[str]) -> Outcome:

@@ -3,7 +3,7 @@
 A new stage is a row of `STAGE_KINDS` and its section in the recipe; the loop knows none by name.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -63,9 +63,9 @@ class Ingredients:
     progress: Progress
     ranks: Ranks
 
-    def with_images(self, rows: list[Row]) -> ImageRows:
+    def with_images(self, rows: Sequence[Row]) -> ImageRows:
         """The rows with their image features."""
-        return ImageRows(self.model.vision, rows, self.store, self.progress)
+        return ImageRows(self.model.vision, rows, self.store, self.progress, self.data.augment)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class VqaObjective:
             targets += [self._asked(model, row, draws, place) for place, row in zip(asked, rows, strict=True)]
             features.append(features_BNE)
         if described:
-            drawn = [int(draws.row(place, "row").integers(len(self.captions))) for place in described]
+            drawn = [self.captions.any_row(draws.row(place, "row")) for place in described]
             rows, features_BNE = self.captions.batch(drawn, draws.at(described))
             targets += [
                 caption_target(model, row, draws.row(place)) for place, row in zip(described, rows, strict=True)

@@ -8,6 +8,7 @@ import torch
 
 from runtime.files import atomic_folder
 from runtime.progress import Progress
+from runtime.text import MAX_WORDS
 from trainer.bert import start_from_bert
 from trainer.blip2 import new_blip2
 from trainer.bridge import PARTS, Part
@@ -76,7 +77,8 @@ def run_stage(
     ).run()
     found = ranks.collect({path: why for rows in plan.rows for path, why in rows.broken().items()})
     broken = {path: why for of_process in found for path, why in of_process.items()}
-    metrics = {"stage": stage, "held_out": history, "broken_images": broken}
+    cut = sum(rows.cut_texts for rows in plan.rows)
+    metrics = {"stage": stage, "held_out": history, "broken_images": broken, "cut_texts": cut}
     with whole(blip2):
         if ranks.is_main:
             with atomic_folder(out) as folder:
@@ -85,6 +87,8 @@ def run_stage(
     ranks.barrier()
     if broken:
         progress.note(f"{stage}: {len(broken)} images could not be read and were replaced; metrics.json names them")
+    if cut:
+        progress.note(f"{stage}: {cut} rows have a text of more than {MAX_WORDS} words, which was read up to there")
     return out
 
 

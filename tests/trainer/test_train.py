@@ -16,6 +16,7 @@ from trainer.checkpoint import load_checkpoint
 from trainer.config import (
     STAGES,
     CaptionConfig,
+    DataConfig,
     ModelConfig,
     RetrievalConfig,
     Stage1Config,
@@ -24,9 +25,10 @@ from trainer.config import (
     StageName,
     VqaConfig,
 )
-from trainer.data import FeatureStore, ResolvedData, rows_at
+from trainer.data import FeatureStore, ResolvedData, resolve
 from trainer.guard import TrainingFailed
 from trainer.optimiser import learning_rate, make_optimiser
+from trainer.order import rows_at
 from trainer.ranks import Ranks
 from trainer.stepper import Stepper
 
@@ -123,12 +125,7 @@ def test_broken_images_are_replaced_and_reported(model_config, data, world, tmp_
     shutil.copytree(world, copy)
     (copy / "images" / "train-00003.png").write_bytes(b"not a picture")
     (copy / "images" / "train-00007.png").unlink()
-    moved = ResolvedData(
-        **{
-            name: copy / path.name if isinstance(path := getattr(data, name), Path) else path
-            for name in data.__dataclass_fields__
-        }
-    )
+    moved = resolve(DataConfig(), copy)
     out = run("stage2", model_config, moved, tmp_path / "out")
     broken = json.loads((out / "metrics.json").read_text())["broken_images"]
     assert sorted(Path(path).name for path in broken) == ["train-00003.png", "train-00007.png"]
