@@ -4,7 +4,7 @@ A new stage is a row of `STAGE_KINDS` and its section in the recipe; the loop kn
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -137,7 +137,7 @@ def _retrieval(given: Ingredients, config: StageConfig) -> Plan:
         )
         return {**plan.evaluate(model), **found}
 
-    return Plan(plan.objective, plan.rows, both)
+    return replace(plan, evaluate=both)
 
 
 def _captions(model: Blip2, rows: list[Row]) -> dict[str, float]:

@@ -75,7 +75,7 @@ def test_the_query_ffn_is_a_copy_and_the_rest_stays_as_drawn(model_config: Model
 
 
 def test_what_is_no_fitting_bert_is_refused(model_config: ModelConfig, bert_folder: Path) -> None:
-    with pytest.raises(InputError, match=r"expected a BERT in .* found model_type clip_vision_model"):
+    with pytest.raises(InputError, match=r"expected a BERT .* found clip_vision_model"):
         start_from_bert(made(model_config, bert_folder), model_config.vision)
     with pytest.raises(InputError, match=r"qformer\.ffn_width: expected 64, .* found 48"):
         start_from_bert(made(model_config, bert_folder, ffn_width=48), str(bert_folder))

@@ -42,7 +42,7 @@ def model(model_config: ModelConfig) -> Blip2:
 
 @pytest.mark.parametrize("processes", [1, 2, 5])
 def test_recall_is_that_of_evaluate(processes: int, model: Blip2, data: ResolvedData) -> None:
-    rows = read_manifest(data.captions_test)
+    rows = read_manifest(data.captions_test[0].path)
     expected = evaluate_retrieval(EagerRetrieval(model), rows, candidates=10, progress=QUIET).metrics
     told, barrier, found = [None] * processes, threading.Barrier(processes), list[dict[str, float]]()
 
