@@ -61,8 +61,9 @@ def train(
     recipe: RecipeFile,
     out: RunFolder,
     stage: Annotated[
-        Stage, typer.Option(help="Last stage to train; the ones before it are made when missing.")
-    ] = "vqa",
+        Stage | None,
+        typer.Option(help="Train this stage, and those it goes on from when missing; without, all of the recipe."),
+    ] = None,
     init: Init = None,
     overrides: Overrides = None,
 ) -> Outcome:

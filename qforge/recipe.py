@@ -13,18 +13,29 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, NonNegativeInt, ValidationError, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from benchmarks.config import BenchConfig
 from export.config import ExportConfig
 from runtime.errors import InputError, MissingFile
 from runtime.settings import Settings
-from trainer.config import DataConfig, ModelConfig, Stage1Config, Stage2Config, StageConfig, VqaConfig
+from trainer.config import (
+    STAGES,
+    CaptionConfig,
+    DataConfig,
+    ModelConfig,
+    RetrievalConfig,
+    Stage1Config,
+    Stage2Config,
+    StageConfig,
+    StageName,
+    VqaConfig,
+)
 
 
 class Recipe(Settings):
-    """One whole run: data, model, three training stages, export, benchmark."""
+    """One whole run: data, model, training stages, export, benchmark."""
 
     seed: NonNegativeInt = 0
     """Seed of weights, order and dropout; with the same seed a run gives the same weights."""
@@ -32,26 +43,48 @@ class Recipe(Settings):
     """The halves and the bridge between them."""
     data: DataConfig = DataConfig()
     """Image-text pairs."""
+    stages: tuple[StageName, ...] = Field(default=("stage1", "stage2", "vqa"), min_length=1)
+    """Which stages are trained, in the order stage1, stage2, caption, vqa, retrieval; the last one is what is exported.
+    caption and vqa go on from stage2, retrieval from stage1, or from the nearest stage before it that is listed.
+    """
     stage1: Stage1Config = Stage1Config()
     """Representation learning with the frozen image encoder."""
     stage2: Stage2Config = Stage2Config()
     """Generative learning with the frozen language model."""
+    caption: CaptionConfig = CaptionConfig()
+    """Fine-tune on captions."""
     vqa: VqaConfig = VqaConfig()
     """Fine-tune on questions."""
+    retrieval: RetrievalConfig = RetrievalConfig()
+    """Fine-tune for search."""
     export: ExportConfig = ExportConfig()
     """What becomes a bundle."""
     bench: BenchConfig = BenchConfig()
     """What is measured."""
 
     @model_validator(mode="after")
+    def _stages_in_order(self) -> "Recipe":
+        ordered = tuple(stage for stage in STAGES if stage in self.stages)
+        if self.stages != ordered:
+            raise ValueError(f"stages: expected each once and in order: {', '.join(ordered)}")
+        return self
+
+    @model_validator(mode="after")
     def _features_are_of_a_frozen_encoder(self) -> "Recipe":
-        sections = {name: getattr(self, name) for name in type(self).model_fields}
-        trained = [name for name, stage in sections.items() if isinstance(stage, StageConfig) and stage.train_vision]
-        if trained and self.data.features.folder is not None:
-            raise ValueError(
-                f"{trained[0]}.train_vision: data.features.folder keeps features of a frozen image encoder, and those "
-                f"of a trained one change with every step; set the folder to null, or train_vision to false"
-            )
+        if self.data.features.folder is None:
+            return self
+        for stage in self.stages:
+            config: StageConfig = getattr(self, stage)
+            if config.train_vision:
+                raise ValueError(
+                    f"{stage}.train_vision: data.features.folder keeps features of a frozen image encoder, and those "
+                    f"of a trained one change with every step; set the folder to null, or train_vision to false"
+                )
+            if "vision" in config.shard:
+                raise ValueError(
+                    f"{stage}.shard: an image encoder that is shared out among processes cannot compute what one of "
+                    f"them finds absent in data.features.folder; take vision out, or set the folder to null"
+                )
         return self
 
     def to_yaml(self) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 from qforge.console import Outcome
 from qforge.evaluation import kind_of, open_filter, reporting
 from qforge.recipe import Recipe, load_recipe
-from qforge.run import STAGES
 from runtime.backends import Device
 from runtime.bundle import read_bundle
 from runtime.caption_filter import How
@@ -38,7 +37,7 @@ def features(recipe: Path, overrides: Sequence[str]) -> Outcome:
     from trainer.towers import load_vision
 
     store, data, wrong = cached_features(loaded.data.features), resolve(loaded.data, loaded.data.root), dict[str, str]()
-    sets = [*data.captions(), *data.questions()]
+    sets = [*data.captions(), *(data.questions() if "vqa" in loaded.stages else ())]
     for source, layer, size in _towers(loaded):
         images = (image for rows in sets for image in _images(rows, wrong))
         store.fill(load_vision(source, layer, size), images, sum(map(len, sets)), Progress())
@@ -53,17 +52,9 @@ def features(recipe: Path, overrides: Sequence[str]) -> Outcome:
 
 
 def _towers(recipe: Recipe) -> list[tuple[str, int, int | None]]:
-    """Image encoders (source, layer, image size) that the stages of a recipe read frozen features of.
-
-    Raises:
-        InputError: they are all trained.
-    """
-    stages = [config for stage in STAGES if not (config := getattr(recipe, stage)).train_vision]
-    models = [config.adapted(recipe.model) for config in stages]
-    found = list(dict.fromkeys((model.vision, model.vision_layer, model.image_size) for model in models))
-    if not found:
-        raise InputError("data.features.folder: every stage trains the image encoder, so there are no features to keep")
-    return found
+    """Image encoders (source, layer, image size) that the stages of a recipe read features of."""
+    models = [getattr(recipe, stage).adapted(recipe.model) for stage in recipe.stages]
+    return list(dict.fromkeys((model.vision, model.vision_layer, model.image_size) for model in models))
 
 
 def _images(rows: Sequence[Row], wrong: dict[str, str]) -> Iterator[Path]:

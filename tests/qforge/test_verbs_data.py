@@ -92,6 +92,7 @@ def test_what_cannot_be_cached_is_said_before_anything_is_done(
         ([*cache, "--set", "data.root=null"], "data.root: expected a folder of data sets, found null"),
         ([*cache, "--set", "data.augment.flip=true"], "data: features.folder keeps what the image encoder makes"),
         ([*cache, "--set", "stage1.train_vision=true"], "stage1.train_vision: data.features.folder keeps features"),
+        ([*cache, "--set", "stage2.shard=[vision]"], "stage2.shard: an image encoder that is shared out among"),
     ):
         code, out, err = call(capsys, "data", "features", recipe, *arguments)
         assert (code, out) == (2, "")

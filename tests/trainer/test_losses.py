@@ -12,7 +12,6 @@ from trainer.losses import (
     same_image,
     similarities,
     text_loss,
-    text_loss_by_row,
 )
 
 
@@ -65,13 +64,3 @@ def test_text_loss_shifts_and_ignores() -> None:
     logits[0, 0, 1] = logits[0, 1, 2] = 30.0
     assert float(text_loss(logits, labels)) == pytest.approx(0.0, abs=1e-5)
     assert float(text_loss(torch.zeros(1, 4, 5), labels)) == pytest.approx(math.log(5), abs=1e-5)
-
-
-def test_text_loss_by_row_weighs_rows_the_same() -> None:
-    """One row of one token at loss a, one of three at loss b: (a + b) / 2, where the token mean is (a + 3 b) / 4."""
-    labels = torch.tensor([[IGNORED, 1, IGNORED, IGNORED], [IGNORED, 1, 1, 1]])
-    logits = torch.zeros(2, 4, 5)
-    logits[1, :, 1] = 3.0
-    a, b = math.log(5), math.log(math.exp(3) + 4) - 3
-    assert float(text_loss_by_row(logits, labels)) == pytest.approx((a + b) / 2, abs=1e-5)
-    assert float(text_loss(logits, labels)) == pytest.approx((a + 3 * b) / 4, abs=1e-5)

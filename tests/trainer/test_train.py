@@ -13,12 +13,22 @@ from runtime.files import sha256_of
 from runtime.progress import Progress
 from trainer import plans, train
 from trainer.checkpoint import load_checkpoint
-from trainer.config import DataConfig, ModelConfig, Stage1Config, Stage2Config, StageConfig, VqaConfig
+from trainer.config import (
+    STAGES,
+    CaptionConfig,
+    DataConfig,
+    ModelConfig,
+    RetrievalConfig,
+    Stage1Config,
+    Stage2Config,
+    StageConfig,
+    StageName,
+    VqaConfig,
+)
 from trainer.data import FeatureStore, ResolvedData, resolve
 from trainer.guard import TrainingFailed
 from trainer.optimiser import learning_rate, make_optimiser
 from trainer.order import rows_at
-from trainer.plans import STAGES, StageName
 from trainer.ranks import Ranks
 from trainer.stepper import Stepper
 
@@ -26,7 +36,9 @@ SHORT = dict(steps=6, batch_size=8, warmup_steps=2, eval_every=3, eval_items=8, 
 CONFIGS: dict[StageName, StageConfig] = {
     "stage1": Stage1Config(**SHORT),
     "stage2": Stage2Config(**SHORT, precision="fp32"),
+    "caption": CaptionConfig(**SHORT),
     "vqa": VqaConfig(**SHORT),
+    "retrieval": RetrievalConfig(**SHORT, candidates=10),
 }
 
 
@@ -124,7 +136,7 @@ def test_broken_images_are_replaced_and_reported(model_config, data, world, tmp_
 
 
 def test_nan_stops_training_and_keeps_the_resume_point(model_config, data, tmp_path, monkeypatch) -> None:
-    objective = plans.CaptionObjective
+    objective = plans.Stage2
     real = objective.loss
     calls = []
 
