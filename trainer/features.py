@@ -55,6 +55,8 @@ class CachedFeatures:
         self._reader = ThreadPoolExecutor(1, "features")
         self._waiting: list[tuple[set[Path], Future[tuple[_Read, dict[bytes, Halves]]]]] = []
         """What is read ahead: of the step that comes, and of the one behind it."""
+        self._progress: Progress | None = None
+        self._said_full = False
         self.broken: dict[Path, str] = {}
         """Images that cannot be read, and why."""
 
@@ -64,6 +66,7 @@ class CachedFeatures:
         Raises:
             InputError: a tower that is trained, or a folder that cannot be used.
         """
+        self._progress = progress
         self._cache(vision)
 
     def fill(self, vision: VisionTower, paths: Iterable[Path], count: int, progress: Progress) -> None:
@@ -72,7 +75,7 @@ class CachedFeatures:
         Raises:
             InputError: as `many`.
         """
-        waiting = iter(paths)
+        self._progress, waiting = progress, iter(paths)
         with progress.bar("image features", -(-count // ENCODE_BATCH), items_per_step=ENCODE_BATCH) as bar:
             while chunk := list(islice(waiting, ENCODE_BATCH)):
                 read = self._read(chunk)
@@ -80,11 +83,6 @@ class CachedFeatures:
                 there = cache.has(list(read.path_of))
                 self._made(vision, cache, [digest for digest in read.path_of if digest not in there], read)
                 bar.advance()
-        if (full := self._cache(vision).full) is not None:
-            progress.note(
-                f"{full}: images beyond pass the image encoder each time they are seen. Raise data.features.limit_gb, "
-                f"or delete what other image encoders left in {self._folder}"
-            )
 
     def ahead(self, vision: VisionTower, paths: Sequence[Path]) -> None:
         """Begin to read what is there of the images that the next step asks for; what is absent waits for it."""
@@ -162,8 +160,18 @@ class CachedFeatures:
                         f"features of this image encoder cannot be kept; set data.features.folder to null"
                     )
             cache.write(chunk, features_BNE)
+            self._say_if_full(cache)
             made |= dict(zip(chunk, features_BNE, strict=True))
         return made
+
+    def _say_if_full(self, cache: FeatureCache) -> None:
+        """Once, when there is no more room."""
+        if cache.full is not None and not self._said_full and self._progress is not None:
+            self._said_full = True
+            self._progress.note(
+                f"{cache.full}: images beyond pass the image encoder each time they are seen. Raise "
+                f"data.features.limit_gb, or delete what other image encoders left in {self._folder}"
+            )
 
     def _read(self, paths: Sequence[Path]) -> "_Read":
         """The encoded images, each file once; what cannot be read is noted."""
