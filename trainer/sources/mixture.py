@@ -14,7 +14,7 @@ from runtime.dataset import Row
 from runtime.errors import DataError
 from trainer.sources.cache import cached_folder
 from trainer.sources.convert import as_manifest
-from trainer.sources.rows import SMALL_BYTES, ManifestRows, Places
+from trainer.sources.rows import SMALL_BYTES, ManifestRows, Places, Purpose
 from trainer.sources.source import Source
 
 
@@ -67,24 +67,26 @@ class ChosenRows(Sequence[Row]):
         return self._rows[int(self._places[index])]
 
 
-def open_rows(sources: Sequence[Source]) -> MixedRows:
+def open_rows(sources: Sequence[Source], purpose: Purpose | None = None) -> MixedRows:
     """Every row of the sources, parsed when asked for.
 
     Raises:
         MissingFile: a source is not there.
         DataError: a source is not what its format asks for, or has no row.
     """
-    return MixedRows([Part(ManifestRows(as_manifest([source])), source.weight) for source in sources])
+    return MixedRows([Part(ManifestRows(as_manifest([source]), purpose), source.weight) for source in sources])
 
 
-def split_rows(sources: Sequence[Source], holdout: float) -> tuple[MixedRows, MixedRows]:
+def split_rows(
+    sources: Sequence[Source], holdout: float, purpose: Purpose | None = None
+) -> tuple[MixedRows, MixedRows]:
     """The rows to train on, and those of the `holdout` share of images that are watched.
 
     DataError when a source has too few images to have both.
     """
     kept, watched = [], []
     for source in sources:
-        rows = ManifestRows(as_manifest([source]))
+        rows = ManifestRows(as_manifest([source]), purpose)
         places = _held_out(rows, holdout)
         sizes = [len(part) for part in places]
         if 0 in sizes:
