@@ -201,6 +201,8 @@ class ImageRows:
         self._seconds = 0.0
         self.cut_texts = 0 if many else sum(_is_long(row) for row in rows)
         """Rows with a text of which training sees the first 50 words; not counted in a large set."""
+        self.left_out = sum(part.left_out for part in rows.parts) if isinstance(rows, MixedRows) else 0
+        """Entries of the data sets that are no rows, as something of them is missing or wrong."""
         paths = list[Path]() if many else [row.image for row in rows]
         self._paths = set(paths)
         if self._live:

@@ -13,7 +13,7 @@ import numpy as np
 from runtime.dataset import Row
 from runtime.errors import DataError
 from trainer.sources.cache import cached_folder
-from trainer.sources.convert import as_manifest
+from trainer.sources.convert import as_manifest, left_out
 from trainer.sources.rows import SMALL_BYTES, ManifestRows, Places, Purpose
 from trainer.sources.source import Source
 
@@ -24,6 +24,8 @@ class Part:
 
     rows: Sequence[Row]
     weight: float
+    left_out: int = 0
+    """Entries of the data set that could not be used, whatever its rows."""
 
 
 class MixedRows(Sequence[Row]):
@@ -74,7 +76,12 @@ def open_rows(sources: Sequence[Source], purpose: Purpose | None = None) -> Mixe
         MissingFile: a source is not there.
         DataError: a source is not what its format asks for, or has no row.
     """
-    return MixedRows([Part(ManifestRows(as_manifest([source]), purpose), source.weight) for source in sources])
+    return MixedRows([_part(source, purpose) for source in sources])
+
+
+def _part(source: Source, purpose: Purpose | None) -> Part:
+    manifest = as_manifest([source])
+    return Part(ManifestRows(manifest, purpose), source.weight, left_out(manifest)[0])
 
 
 def split_rows(
@@ -94,7 +101,7 @@ def split_rows(
                 f"{source.path}: holding out {holdout:.0%} of its images leaves {sizes[0]} rows to train on "
                 f"and {sizes[1]} to watch; both need some. Name a validation manifest or change data.holdout"
             )
-        kept.append(Part(ChosenRows(rows, places[0]), source.weight))
+        kept.append(Part(ChosenRows(rows, places[0]), source.weight, left_out(rows.path)[0]))
         watched.append(Part(ChosenRows(rows, places[1]), source.weight))
     return MixedRows(kept), MixedRows(watched)
 
