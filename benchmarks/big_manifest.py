@@ -10,6 +10,7 @@ included.
 """
 
 import argparse
+import atexit
 import json
 import os
 import resource
@@ -93,39 +94,43 @@ def _growth(found: dict[str, float], baseline: dict[str, float]) -> dict[str, fl
 
 def _train(folder: Path, rows: int, name: str) -> dict[str, float]:
     """What one process of `qforge train` tells about itself; the cache lies in `folder`."""
-    out = folder / f"run-{name}"
-    command = [sys.executable, "-m", "benchmarks.big_manifest", "--child", str(folder), str(rows), str(out)]
-    began = time.time()
-    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "QFORGE_BEGAN": str(began)}
+    told = folder / f"told-{name}.json"
+    words = ["train", str(folder / "recipe.yaml"), "--out", str(folder / f"run-{name}"), "--stage", "stage1"]
+    words += ["--set", f"data.root={folder}", "--set", f"data.captions_train=rows-{rows}.jsonl"]
+    watched = f"from benchmarks.big_manifest import watch; watch({time.time()!r}, {str(told)!r})"
+    command = [sys.executable, "-c", f"{watched}; from qforge.cli import main; main()", *words]
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the run over {rows} rows failed:\n{done.stderr}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, float] = json.loads(told.read_text())
     return found
 
 
-def _child(folder: Path, rows: int, out: Path) -> None:
-    """One run of `qforge train`, watched from within: the last line of stdout is what was measured."""
-    from qforge import verbs_train
+def watch(began: float, told: str) -> None:
+    """In the process that is measured: note when its first batch is there, and write `told` when it ends.
+
+    `began` is when it was started (seconds since the epoch).
+    """
     from trainer.data import ImageRows
 
-    imported_s = time.time() - float(os.environ["QFORGE_BEGAN"])
-    found: dict[str, float] = {"imported_s": imported_s}
+    found = {"imported_s": time.time() - began}
     batch = ImageRows.batch
 
     def watched(self: ImageRows, indices: Any, draws: Any) -> Any:
         answer = batch(self, indices, draws)
         if "first_batch_s" not in found:
-            found["first_batch_s"] = time.time() - float(os.environ["QFORGE_BEGAN"])
+            found["first_batch_s"] = time.time() - began
             found["first_batch_cpu_s"] = time.process_time()
         return answer
 
+    def tell() -> None:
+        found["resident_bytes"] = _resident_bytes()
+        found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+        Path(told).write_text(json.dumps(found))
+
     ImageRows.batch = watched  # type: ignore[method-assign]
-    overrides = [f"data.root={folder}", f"data.captions_train=rows-{rows}.jsonl"]
-    verbs_train.train(folder / "recipe.yaml", out, "stage1", None, overrides)
-    found["resident_bytes"] = _resident_bytes()
-    found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
-    print(json.dumps(found))
+    atexit.register(tell)
 
 
 def _resident_bytes() -> int:
@@ -137,16 +142,9 @@ def main() -> int:
     """The command above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=5_000_000)
-    parser.add_argument("--scratch", type=Path, help="folder with room for the manifest")
+    parser.add_argument("--scratch", type=Path, required=True, help="folder with room for the manifest")
     parser.add_argument("--out", type=Path, help="result file (JSON)")
-    parser.add_argument("--child", nargs=3, metavar=("FOLDER", "ROWS", "OUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child is not None:
-        folder, rows, out = arguments.child
-        _child(Path(folder), int(rows), Path(out))
-        return 0
-    if arguments.scratch is None:
-        parser.error("--scratch: expected a folder with room for the manifest, found none")
     result = {
         "what": "qforge train on a manifest of many rows: time to the first batch, memory",
         "command": "python -m benchmarks.big_manifest --rows N --scratch DIR --out FILE",

@@ -168,6 +168,7 @@ def test_a_recipe_mixes_formats(vision: VisionTower, world: Path, tmp_path: Path
         "images": [{"id": i, "file_name": row.image.name} for i, row in enumerate(rows)],
         "annotations": [{"image_id": i, "caption": text} for i, row in enumerate(rows) for text in row.captions],
     }
+    tree["images"].append({"id": 99, "file_name": "nobody-said-anything.png"})
     (tmp_path / "data/coco.json").write_text(json.dumps(tree))
     config = DataConfig.model_validate(
         {
@@ -179,6 +180,7 @@ def test_a_recipe_mixes_formats(vision: VisionTower, world: Path, tmp_path: Path
     assert len(train) == 2 * len(rows) and len(watched) == len(read_manifest(world / "captions_val.jsonl"))
     assert [row.captions for row in train[: len(rows)]] == [row.captions for row in rows]
     images = ImageRows(vision, train, FeatureStore(), QUIET)
+    assert images.left_out == 1, "a picture without captions"
     drawn = [index for step in range(64) for index in images.at_step(step, 16, seed=1)]
     assert sum(index < len(rows) for index in drawn) == 768, "three of four"
     any_rows = [images.any_row(np.random.default_rng(i)) for i in range(400)]
