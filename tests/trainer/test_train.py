@@ -108,7 +108,7 @@ def test_frozen_halves_do_not_change(model_config, data, tmp_path) -> None:
     assert not any(p.requires_grad for p in [*model.vision.parameters(), *model.language_model.parameters()])
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "vqa"])  # caption and retrieval minimise the same
 def test_loss_falls(stage, model_config, data, tmp_path) -> None:
     out = run(stage, model_config, data, tmp_path / stage, steps=60, eval_every=30, save_every=100)
     history = json.loads((out / "metrics.json").read_text())["held_out"]

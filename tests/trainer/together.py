@@ -18,15 +18,17 @@ from trainer.config import (
     DataConfig,
     ModelConfig,
     QFormerConfig,
+    RetrievalConfig,
     Stage1Config,
     Stage2Config,
     StageConfig,
+    StageName,
     VqaConfig,
 )
 from trainer.data import FeatureStore, ResolvedData, resolve
 from trainer.guard import TrainingFailed
-from trainer.plans import CaptionObjective, StageName
 from trainer.ranks import Ranks, join
+from trainer.speaking import Stage2
 from trainer.stepper import Stepper
 from trainer.train import run_stage
 from trainer.watch import StepReport, Watcher
@@ -47,7 +49,9 @@ TRAININGS: dict[str, tuple[StageName, StageConfig]] = {
     "stage1_faithful": ("stage1", Stage1Config(**SHORT, itc_key_gradient=False, itc_queue=16)),
     "stage2": ("stage2", Stage2Config(**SHORT)),
     "stage2_parts": ("stage2", Stage2Config(**SHORT, accumulation=2)),
+    "stage2_contrast": ("stage2", Stage2Config(**SHORT, itc_weight=0.5)),
     "vqa": ("vqa", VqaConfig(**SHORT)),
+    "retrieval": ("retrieval", RetrievalConfig(**SHORT, candidates=10)),
     "sharded": ("stage2", Stage2Config(**SHORT, shard=("vision", "language"))),
     "sharded_tower": ("stage2", Stage2Config(**SHORT, shard=("vision",), train_vision=True)),
     "whole_tower": ("stage2", Stage2Config(**SHORT, train_vision=True)),
@@ -113,7 +117,7 @@ class Given:
         return folder
 
 
-class Poisoned(CaptionObjective):
+class Poisoned(Stage2):
     """Stage 2 whose loss in the third step is no number, on the last process alone."""
 
     calls = 0
@@ -148,7 +152,7 @@ def main(folder: Path) -> None:
         given.train("stage1", ranks, out="cut")
     except Killed:
         Stepper.step = step  # type: ignore[method-assign]
-    trainer.plans.CaptionObjective = Poisoned  # type: ignore[misc]
+    trainer.plans.Stage2 = Poisoned  # type: ignore[misc]
     try:
         given.train("stage2", ranks, out="poisoned")
     except TrainingFailed as error:
