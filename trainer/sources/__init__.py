@@ -6,7 +6,10 @@ json_files.py  COCO captions, Karpathy splits, VQAv2 pairs, LAVIS and LLaVA reco
 flickr30k.py   Flickr30k's results files
 tars.py        webdataset shards
 arrow.py       Hugging Face datasets folders, Arrow and Parquet files
+record.py      what records may call their parts
 convert.py     any format → a manifest in the cache, written once
 rows.py        a manifest of any length as a sequence, parsed on demand
-mixture.py     several of them as one
+mixture.py     several of them as one, and the part that is held out
+check.py       what is wrong with one
+cache.py       folders in the user's cache that are made once
 """

@@ -106,7 +106,8 @@ class ManifestRows(Sequence[Row]):
 def _image_id(line: bytes) -> str:
     try:
         record = json.loads(line)
-        return str(record.get("image_id") or record["image"])
+        found = record.get("image_id")
+        return str(record["image"] if found is None else found)
     except (ValueError, AttributeError, KeyError):
         return ""
 

@@ -104,7 +104,8 @@ def _entry(shard: Path, name: str, files: dict[str, tarfile.TarInfo], content: A
     if "txt" in files and not any(record.get(key) for key in CAPTIONS):
         record["captions"] = [_bytes_of(files["txt"], content).decode("utf-8", "replace").strip()]
     record["image"] = str(packed_path(shard.absolute(), image.offset_data, image.size, Path(image.name).name))
-    record["image_id"] = record.get("image_id") or f"{shard.name}/{name}"
+    if record.get("image_id") is None:
+        record["image_id"] = f"{shard.name}/{name}"
     yield where, record
 
 

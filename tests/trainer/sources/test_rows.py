@@ -19,7 +19,7 @@ ODD = "\ufeff" + "\n \t \n".join(
     [
         '{"image": "ä.png", "captions": ["eins"]}',
         '  {"image": "2.png", "image_id": 2, "captions": ["zwei"]}\r',
-        '{"image": "3.png", "question": "drei?"}',
+        '{"image": "3.png", "image_id": 0, "question": "drei?"}',
     ]
 )
 
