@@ -19,7 +19,7 @@ from trainer.sources.detect import format_of
 from trainer.sources.flickr30k import flickr30k_entries
 from trainer.sources.json_files import coco_entries, karpathy_entries, record_entries, vqav2_entries
 from trainer.sources.record import Entry, as_manifest_record
-from trainer.sources.source import Source
+from trainer.sources.source import ALL, Source
 from trainer.sources.tars import shards_of, webdataset_entries
 
 FIRST_PROBLEMS = 5
@@ -34,7 +34,27 @@ READERS: dict[Format, Callable[[Source], Iterator[Entry]]] = {
     "huggingface": huggingface_entries,
 }
 """Every format but our own."""
+USES: dict[str, tuple[Format, ...]] = {
+    "split": ("karpathy", "huggingface"),
+    "answers": ("vqav2",),
+    "images": ("coco", "karpathy", "flickr30k", "vqav2", "records", "huggingface"),
+}
+"""Which formats a setting of a source is for."""
 ROWS, LEFT_OUT = "rows.jsonl", "left_out.json"
+
+
+def kind_of(source: Source) -> Format:
+    """The format a source is read in.
+
+    Raises:
+        MissingFile, DataError: see `format_of`; DataError also for a setting that this format has no use for.
+    """
+    kind = source.format or format_of(source.path)
+    told = {"split": source.split not in (None, ALL), "answers": source.answers, "images": source.images}
+    idle = [name for name, given in told.items() if given and kind not in USES[name]]
+    if idle:
+        raise DataError(f"{source.path}: expected no {idle[0]!r}, as the {kind} format has no use for it; leave it out")
+    return kind
 
 
 def entries_of(source: Source) -> Iterator[tuple[str, Row | DataError]]:
@@ -44,7 +64,7 @@ def entries_of(source: Source) -> Iterator[tuple[str, Row | DataError]]:
         MissingFile: there is nothing under that name.
         DataError: the file as a whole is not what its format asks for.
     """
-    kind = source.format or format_of(source.path)
+    kind = kind_of(source)
     if kind == "manifest":
         yield from manifest_entries(source.path)
         return
@@ -69,7 +89,7 @@ def as_manifest(sources: Sequence[Source]) -> Path:
     Raises:
         MissingFile, DataError: see `entries_of`; DataError also when nothing is left.
     """
-    kinds = {source: source.format or format_of(source.path) for source in sources}
+    kinds = {source: kind_of(source) for source in sources}
     if len(sources) == 1 and kinds[sources[0]] == "manifest":
         return sources[0].path
     described = [_described(source, kinds[source]) for source in sources]
@@ -98,7 +118,7 @@ def left_out(manifest: Path) -> tuple[int, list[str]]:
 
 def files_behind(source: Source, kind: Format | None = None) -> list[Path]:
     """The files that a data set's rows and texts are read from."""
-    kind = kind or source.format or format_of(source.path)
+    kind = kind or kind_of(source)
     if kind == "webdataset":
         return shards_of(source.path)
     if kind == "huggingface":

@@ -197,6 +197,17 @@ def test_flickr30k(tmp_path: Path) -> None:
         rows_of(Source(csv))
 
 
+@pytest.mark.parametrize("setting", ["split", "answers"])
+def test_a_setting_without_use_is_refused(tmp_path: Path, setting: str) -> None:
+    path = write(tmp_path / "captions.json", COCO_TREE)
+    given = {"split": "train"} if setting == "split" else {"answers": path}
+    with pytest.raises(DataError, match=f"expected no '{setting}', as the coco format has no use for it"):
+        as_manifest([Source(path, **given)])
+    (tmp_path / "m.jsonl").write_text('{"image": "a.png", "captions": ["x"]}\n')
+    with pytest.raises(DataError, match="expected no 'images', as the manifest format"):
+        as_manifest([Source(tmp_path / "m.jsonl", images=tmp_path)])
+
+
 def test_what_is_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(MissingFile, match=r"none.json: expected a data set"):
         format_of(tmp_path / "none.json")
