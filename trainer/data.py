@@ -25,6 +25,7 @@ from trainer.draws import StepDraws
 from trainer.order import mixed_rows_at
 from trainer.pixels import TRIES, WORKERS, PixelReader
 from trainer.sources.mixture import MixedRows, open_rows, split_rows
+from trainer.sources.rows import Purpose
 from trainer.sources.source import Source, resolve_source
 from trainer.towers import VisionTower
 
@@ -53,11 +54,11 @@ class ResolvedData:
 
     def captions(self) -> tuple[MixedRows, MixedRows]:
         """Caption rows to train on and to watch."""
-        return _split(self.captions_train, self.captions_val, self.holdout)
+        return _split(self.captions_train, self.captions_val, self.holdout, "captions")
 
     def questions(self) -> tuple[MixedRows, MixedRows]:
         """Question rows to train on and to watch."""
-        return _split(self.vqa_train, self.vqa_val, self.holdout)
+        return _split(self.vqa_train, self.vqa_val, self.holdout, "questions")
 
 
 def resolve(data: DataConfig, demo_root: Path) -> ResolvedData:
@@ -79,8 +80,12 @@ def resolve(data: DataConfig, demo_root: Path) -> ResolvedData:
     )
 
 
-def _split(train: tuple[Source, ...], val: tuple[Source, ...] | None, holdout: float) -> tuple[MixedRows, MixedRows]:
-    return split_rows(train, holdout) if val is None else (open_rows(train), open_rows(val))
+def _split(
+    train: tuple[Source, ...], val: tuple[Source, ...] | None, holdout: float, purpose: Purpose
+) -> tuple[MixedRows, MixedRows]:
+    if val is None:
+        return split_rows(train, holdout, purpose)
+    return open_rows(train, purpose), open_rows(val, purpose)
 
 
 # Shape letters: B rows, N image tokens, E image width
@@ -196,6 +201,8 @@ class ImageRows:
         self._seconds = 0.0
         self.cut_texts = 0 if many else sum(_is_long(row) for row in rows)
         """Rows with a text of which training sees the first 50 words; not counted in a large set."""
+        self.left_out = sum(part.left_out for part in rows.parts) if isinstance(rows, MixedRows) else 0
+        """Entries of the data sets that are no rows, as something of them is missing or wrong."""
         paths = list[Path]() if many else [row.image for row in rows]
         self._paths = set(paths)
         if self._live:

@@ -25,6 +25,7 @@ TRIES = 1_000
 Pixels = npt.NDArray[np.float32]
 Place = tuple[int, tuple[int, ...], int]
 """Row, key of the step, place in the global batch: what a change of an image is a function of."""
+Waiting = dict[Place, Future[tuple[Row, Pixels]]]
 
 
 class PixelReader:
@@ -33,16 +34,18 @@ class PixelReader:
     def __init__(self, rows: Sequence[Row], settings: PreprocessSettings, augment: AugmentConfig) -> None:
         self._rows, self._settings, self._augment = rows, settings, augment
         self._pool = ThreadPoolExecutor(WORKERS, "images")
-        self._waiting: dict[Place, Future[tuple[Row, Pixels]]] = {}
+        self._waiting: tuple[Waiting, Waiting] = ({}, {})
+        """What was begun for this step, and for the next."""
         self.broken: dict[str, str] = {}
         """Images and lines of manifests that cannot be read, and why."""
 
     def ahead(self, indices: Iterable[int], draws: StepDraws) -> None:
-        """Begin to read what the next step will ask for; what an earlier step did not ask for is forgotten."""
-        for future in self._waiting.values():
+        """Begin to read what the next step will ask for; what the step before this one left unasked is forgotten."""
+        for future in self._waiting[0].values():
             future.cancel()
         places = [(index, draws.key, draws.place(b)) for b, index in enumerate(indices)]
-        self._waiting = {place: self._pool.submit(self._read, place[0], draws, b) for b, place in enumerate(places)}
+        read = {place: self._pool.submit(self._read, place[0], draws, b) for b, place in enumerate(places)}
+        self._waiting = (self._waiting[1], read)
 
     def batch(self, indices: Sequence[int], draws: StepDraws | None) -> list[tuple[Row, Pixels]]:
         """The rows at `indices`, broken ones replaced, with their pixels.
@@ -62,8 +65,12 @@ class PixelReader:
             return None
 
     def _future(self, index: int, draws: StepDraws | None, b: int) -> Future[tuple[Row, Pixels]]:
-        waiting = None if draws is None else self._waiting.pop((index, draws.key, draws.place(b)), None)
-        return waiting if waiting is not None else self._pool.submit(self._read, index, draws, b)
+        if draws is not None:
+            place = (index, draws.key, draws.place(b))
+            for waiting in self._waiting:
+                if place in waiting:
+                    return waiting.pop(place)
+        return self._pool.submit(self._read, index, draws, b)
 
     def _read(self, index: int, draws: StepDraws | None, b: int) -> tuple[Row, Pixels]:
         count = len(self._rows)

@@ -77,8 +77,8 @@ def run_stage(
     ).run()
     found = ranks.collect({path: why for rows in plan.rows for path, why in rows.broken().items()})
     broken = {path: why for of_process in found for path, why in of_process.items()}
-    cut = sum(rows.cut_texts for rows in plan.rows)
-    metrics = {"stage": stage, "held_out": history, "broken_images": broken, "cut_texts": cut}
+    cut, left_out = sum(rows.cut_texts for rows in plan.rows), sum(rows.left_out for rows in plan.rows)
+    metrics = {"stage": stage, "held_out": history, "broken_images": broken, "cut_texts": cut, "left_out": left_out}
     with whole(blip2):
         if ranks.is_main:
             with atomic_folder(out) as folder:
@@ -87,6 +87,8 @@ def run_stage(
     ranks.barrier()
     if broken:
         progress.note(f"{stage}: {len(broken)} images could not be read and were replaced; metrics.json names them")
+    if left_out:
+        progress.note(f"{stage}: {left_out} entries of the data sets could not be used; qforge data check names them")
     if cut:
         progress.note(f"{stage}: {cut} rows have a text of more than {MAX_WORDS} words, which was read up to there")
     return out

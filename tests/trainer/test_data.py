@@ -11,15 +11,19 @@ from PIL import Image
 
 from runtime.dataset import Row, read_manifest
 from runtime.errors import DataError
+from runtime.files import sha256_of
 from runtime.preprocess import preprocess
 from runtime.progress import Progress
 from trainer import data as data_module
-from trainer.config import AugmentConfig, DataConfig, ModelConfig
+from trainer.config import AugmentConfig, DataConfig, ModelConfig, Stage2Config
 from trainer.data import FeatureStore, ImageRows, encode, resolve
 from trainer.draws import StepDraws
 from trainer.pixels import PixelReader
+from trainer.ranks import Ranks
 from trainer.sources.rows import ManifestRows
+from trainer.stepper import Stepper
 from trainer.towers import VisionTower, load_vision
+from trainer.train import run_stage
 
 QUIET = Progress(quiet=True)
 CHANGES = AugmentConfig(crop_scale=(0.5, 1.0), flip=True, operations=2)
@@ -74,13 +78,24 @@ def test_a_step_takes_what_was_read_ahead(
 
     monkeypatch.setattr(PixelReader, "_read", counting)
     reader.ahead([0, 1, 2], draws(1))
+    reader.ahead([3, 4], draws(2))  # before the step is done, as the loop does
     reader.batch([0, 1, 2], draws(1))
-    assert sorted(read) == [0, 1, 2]
-    reader.ahead([3, 4], draws(2))
+    assert sorted(read[:3]) == [0, 1, 2] and set(read[3:]) <= {3, 4}
     reader.batch([4], draws(2).at([1]))  # part of the step, as a stage that mixes two sets asks for
     assert read.count(4) == 1
     reader.batch([3], draws(3))
     assert read.count(3) == 2, "another step has other changes"
+
+
+def test_a_failure_in_a_thread_surfaces(vision: VisionTower, rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise MemoryError("no room for the picture")
+
+    monkeypatch.setattr("trainer.pixels.preprocess", failing)
+    reader = PixelReader(rows, vision.preprocess, AugmentConfig())
+    reader.ahead([0, 1], draws(1))
+    with pytest.raises(MemoryError, match="no room for the picture"):
+        reader.batch([0, 1], draws(1))
 
 
 def test_what_is_broken_gives_way_to_the_next(vision: VisionTower, rows: list[Row], tmp_path: Path) -> None:
@@ -153,6 +168,7 @@ def test_a_recipe_mixes_formats(vision: VisionTower, world: Path, tmp_path: Path
         "images": [{"id": i, "file_name": row.image.name} for i, row in enumerate(rows)],
         "annotations": [{"image_id": i, "caption": text} for i, row in enumerate(rows) for text in row.captions],
     }
+    tree["images"].append({"id": 99, "file_name": "nobody-said-anything.png"})
     (tmp_path / "data/coco.json").write_text(json.dumps(tree))
     config = DataConfig.model_validate(
         {
@@ -164,8 +180,11 @@ def test_a_recipe_mixes_formats(vision: VisionTower, world: Path, tmp_path: Path
     assert len(train) == 2 * len(rows) and len(watched) == len(read_manifest(world / "captions_val.jsonl"))
     assert [row.captions for row in train[: len(rows)]] == [row.captions for row in rows]
     images = ImageRows(vision, train, FeatureStore(), QUIET)
+    assert images.left_out == 1, "a picture without captions"
     drawn = [index for step in range(64) for index in images.at_step(step, 16, seed=1)]
     assert sum(index < len(rows) for index in drawn) == 768, "three of four"
+    any_rows = [images.any_row(np.random.default_rng(i)) for i in range(400)]
+    assert 260 < sum(index < len(rows) for index in any_rows) < 340 and max(any_rows) < len(train)
     found, features_BNE = images.batch(images.at_step(0, 8, seed=1), draws())
     assert features_BNE.shape[0] == 8 and all(row.image.is_file() for row in found)
 
@@ -179,3 +198,42 @@ def test_a_picture_that_is_read_by_threads_is_read_right(vision: VisionTower, tm
     order = np.random.default_rng(0).permutation(40).tolist()
     for (row, pixels), index in zip(reader.batch(order, draws()), order, strict=True):
         assert row is rows[index] and np.array_equal(pixels, preprocess(row.image, vision.preprocess))
+
+
+def test_augmented_training_goes_on_bit_for_bit(
+    model_config: ModelConfig, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Crops, mirrors and the order of a mixture are functions of the step: a killed run ends as a whole one."""
+    mixed = [{"path": "captions_train.jsonl", "weight": 2}, "captions_val.jsonl"]
+    config = DataConfig.model_validate({"root": world, "captions_train": mixed, "augment": CHANGES.model_dump()})
+    stage = Stage2Config(steps=5, batch_size=4, warmup_steps=1, eval_every=5, eval_items=4, save_every=2)
+
+    def train(name: str) -> str:
+        out = run_stage(
+            "stage2",
+            model=model_config,
+            data=resolve(config, tmp_path),
+            config=stage,
+            seed=3,
+            init=None,
+            out=tmp_path / name,
+            recipe_yaml="{}\n",
+            store=FeatureStore(),
+            progress=QUIET,
+            ranks=Ranks(),
+        )
+        return sha256_of(out / "model.safetensors")
+
+    whole, step, steps = train("whole"), Stepper.step, list[int]()
+
+    def dying(self: Stepper, number: int, indices: list[int], of_step: StepDraws) -> object:
+        steps.append(number)
+        if steps == [0, 1, 2, 3]:
+            raise KeyboardInterrupt
+        return step(self, number, indices, of_step)
+
+    monkeypatch.setattr(Stepper, "step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        train("cut")
+    assert train("cut") == whole
+    assert steps[4:] == [2, 3, 4], "from the resume point on"

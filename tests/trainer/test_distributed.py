@@ -13,7 +13,6 @@ from runtime.files import sha256_of
 from tests.trainer.launch import finish, start
 from tests.trainer.together import RESUMED, SAME_ON_BOTH, TRAININGS, Given
 from trainer.config import ModelConfig
-from trainer.data import ResolvedData
 from trainer.ranks import Ranks
 
 LOSS = 1e-5
@@ -23,20 +22,14 @@ WEIGHT = 1e-4
 
 
 @pytest.fixture(scope="module")
-def folder(
-    model_config: ModelConfig, data: ResolvedData, world: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def folder(model_config: ModelConfig, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have done all trainings."""
     folder = tmp_path_factory.mktemp("together")
     copy = folder / "world"
     shutil.copytree(world, copy)
     for name in ("train-00003.png", "train-00007.png", "train-00020.png"):
         (copy / "images" / name).write_bytes(b"not a picture")
-    broken = {
-        name: copy / value.name if isinstance(value := getattr(data, name), Path) else value
-        for name in data.__dataclass_fields__
-    }
-    Given.write(folder, model_config, data, ResolvedData(**broken))
+    Given.write(folder, model_config, world, copy)
     ended = finish(start("tests.trainer.together", str(folder)))
     assert [code for code, _, _ in ended] == [0, 0], ended[0][2][-3000:] + ended[1][2][-3000:]
     return folder

@@ -5,7 +5,6 @@ FOLDER/given.json says model and data; each training leaves its steps and errors
 
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ import torch
 from runtime.progress import Progress
 from trainer.blip2 import Blip2
 from trainer.config import (
+    AugmentConfig,
+    DataConfig,
     ModelConfig,
     QFormerConfig,
     RetrievalConfig,
@@ -24,7 +25,7 @@ from trainer.config import (
     StageName,
     VqaConfig,
 )
-from trainer.data import FeatureStore, ResolvedData
+from trainer.data import FeatureStore, ResolvedData, resolve
 from trainer.guard import TrainingFailed
 from trainer.ranks import Ranks, join
 from trainer.speaking import Stage2
@@ -55,7 +56,10 @@ TRAININGS: dict[str, tuple[StageName, StageConfig]] = {
     "sharded_tower": ("stage2", Stage2Config(**SHORT, shard=("vision",), train_vision=True)),
     "whole_tower": ("stage2", Stage2Config(**SHORT, train_vision=True)),
     "broken": ("stage2", Stage2Config(**SHORT)),
+    "changed": ("stage2", Stage2Config(**SHORT)),
 }
+CHANGES = AugmentConfig(crop_scale=(0.5, 1.0), flip=True, operations=2)
+"""Of the images of the training so called."""
 SAME_ON_BOTH = [name for name in TRAININGS if name not in ("sharded", "sharded_tower")]
 """Those that one process can do too."""
 RESUMED = ("stage1", "stage2", "vqa")
@@ -79,14 +83,17 @@ class Given:
         self.folder = folder
         given = json.loads((folder / "given.json").read_text())
         self.model = ModelConfig.model_validate(given["model"])
-        self.data, self.broken_data = (_data(given[name]) for name in ("data", "broken_data"))
+        world, broken = Path(given["world"]), Path(given["broken_world"])
+        self.data, self.other_data = resolve(DataConfig(), world), dict[str, ResolvedData]()
+        self.other_data["broken"] = resolve(DataConfig(), broken)
+        self.other_data["changed"] = resolve(DataConfig(augment=CHANGES), world)
 
     @staticmethod
-    def write(folder: Path, model: ModelConfig, data: ResolvedData, broken_data: ResolvedData) -> None:
+    def write(folder: Path, model: ModelConfig, world: Path, broken_world: Path) -> None:
         """What `Given(folder)` reads; the model is given no dropout, which differs between processes."""
         small = model.model_copy(update={"qformer": QFormerConfig(**model.qformer.model_dump() | {"dropout": 0.0})})
-        tree = {"model": small.model_dump(mode="json"), "data": asdict(data), "broken_data": asdict(broken_data)}
-        (folder / "given.json").write_text(json.dumps(tree, default=str))
+        tree = {"model": small.model_dump(mode="json"), "world": str(world), "broken_world": str(broken_world)}
+        (folder / "given.json").write_text(json.dumps(tree))
 
     def train(self, name: str, ranks: Ranks, *, out: str | None = None, dropout: float = 0.0) -> Path:
         """One training; returns its checkpoint and leaves its steps beside it."""
@@ -96,7 +103,7 @@ class Given:
         run_stage(
             stage,
             model=self.model.model_copy(update={"qformer": qformer}),
-            data=self.broken_data if name == "broken" else self.data,
+            data=self.other_data.get(name, self.data),
             config=config,
             seed=3,
             init=None,
@@ -110,10 +117,6 @@ class Given:
         if ranks.is_main:
             folder.with_suffix(f".{ranks.count}.json").write_text(json.dumps(notes.steps))
         return folder
-
-
-def _data(tree: Mapping[str, Any]) -> ResolvedData:
-    return ResolvedData(**{key: Path(value) if isinstance(value, str) else value for key, value in tree.items()})
 
 
 class Poisoned(Stage2):

@@ -25,6 +25,8 @@ def format_of(path: Path) -> Format:
         return "webdataset"
     if path.is_dir():
         return _format_of_folder(path)
+    if path.suffix == ".jsonl":
+        return "manifest"
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
@@ -52,8 +54,6 @@ def _format_of_folder(path: Path) -> Format:
 def _format_of_text(path: Path, head: bytes) -> Format:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     first_line, newline, _ = text.partition(b"\n")
-    if path.suffix == ".jsonl":
-        return "manifest"
     if text[:1] not in (b"{", b"["):
         token = b"#" in first_line.partition(b"\t")[0] and b"\t" in first_line
         return "flickr30k" if token or b"|" in first_line else "manifest"  # whose reader says which line is wrong

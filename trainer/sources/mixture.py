@@ -13,8 +13,8 @@ import numpy as np
 from runtime.dataset import Row
 from runtime.errors import DataError
 from trainer.sources.cache import cached_folder
-from trainer.sources.convert import as_manifest
-from trainer.sources.rows import SMALL_BYTES, ManifestRows, Places
+from trainer.sources.convert import as_manifest, left_out
+from trainer.sources.rows import SMALL_BYTES, ManifestRows, Places, Purpose
 from trainer.sources.source import Source
 
 
@@ -24,6 +24,8 @@ class Part:
 
     rows: Sequence[Row]
     weight: float
+    left_out: int = 0
+    """Entries of the data set that could not be used, whatever its rows."""
 
 
 class MixedRows(Sequence[Row]):
@@ -67,24 +69,31 @@ class ChosenRows(Sequence[Row]):
         return self._rows[int(self._places[index])]
 
 
-def open_rows(sources: Sequence[Source]) -> MixedRows:
+def open_rows(sources: Sequence[Source], purpose: Purpose | None = None) -> MixedRows:
     """Every row of the sources, parsed when asked for.
 
     Raises:
         MissingFile: a source is not there.
         DataError: a source is not what its format asks for, or has no row.
     """
-    return MixedRows([Part(ManifestRows(as_manifest([source])), source.weight) for source in sources])
+    return MixedRows([_part(source, purpose) for source in sources])
 
 
-def split_rows(sources: Sequence[Source], holdout: float) -> tuple[MixedRows, MixedRows]:
+def _part(source: Source, purpose: Purpose | None) -> Part:
+    manifest = as_manifest([source])
+    return Part(ManifestRows(manifest, purpose), source.weight, left_out(manifest)[0])
+
+
+def split_rows(
+    sources: Sequence[Source], holdout: float, purpose: Purpose | None = None
+) -> tuple[MixedRows, MixedRows]:
     """The rows to train on, and those of the `holdout` share of images that are watched.
 
     DataError when a source has too few images to have both.
     """
     kept, watched = [], []
     for source in sources:
-        rows = ManifestRows(as_manifest([source]))
+        rows = ManifestRows(as_manifest([source]), purpose)
         places = _held_out(rows, holdout)
         sizes = [len(part) for part in places]
         if 0 in sizes:
@@ -92,7 +101,7 @@ def split_rows(sources: Sequence[Source], holdout: float) -> tuple[MixedRows, Mi
                 f"{source.path}: holding out {holdout:.0%} of its images leaves {sizes[0]} rows to train on "
                 f"and {sizes[1]} to watch; both need some. Name a validation manifest or change data.holdout"
             )
-        kept.append(Part(ChosenRows(rows, places[0]), source.weight))
+        kept.append(Part(ChosenRows(rows, places[0]), source.weight, left_out(rows.path)[0]))
         watched.append(Part(ChosenRows(rows, places[1]), source.weight))
     return MixedRows(kept), MixedRows(watched)
 

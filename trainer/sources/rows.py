@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, overload
+from typing import BinaryIO, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -29,20 +29,24 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 Places = npt.NDArray[np.int64]
 
 
+Purpose = Literal["captions", "questions"]
+"""What rows are read for: their captions, or their questions with answers (conversations too)."""
+
+
 class ManifestRows(Sequence[Row]):
-    """Rows of a manifest; a wrong line raises DataError (file:line) when it is asked for.
+    """Rows of a manifest; one that is wrong or has not what it is read for raises DataError when it is asked for.
 
     Raises:
         MissingFile: there is no such file.
         DataError: it has no line at all, or is a folder.
     """
 
-    def __init__(self, manifest: Path) -> None:
+    def __init__(self, manifest: Path, purpose: Purpose | None = None) -> None:
         if manifest.is_dir():
             raise DataError(f"{manifest}: expected a manifest file (JSON Lines), found a folder; name the file in it")
         if not manifest.is_file():
             raise MissingFile(f"{manifest}: expected a manifest (JSON Lines), found nothing under that name")
-        self.path = manifest
+        self.path, self._purpose = manifest, purpose
         self._starts = _starts_of(manifest)
         if not len(self._starts):
             raise DataError(f"{manifest}: expected at least one row, found an empty data set")
@@ -62,9 +66,16 @@ class ManifestRows(Sequence[Row]):
         place = range(len(self))[index]  # negative ones count from the end; IndexError beyond
         start = int(self._starts[place])
         try:
-            return parse_row(self._text(place), f"{self.path}:?", self.path.parent)
+            return self._fit(parse_row(self._text(place), f"{self.path}:?", self.path.parent))
         except DataError as error:
             raise DataError(str(error).replace(":?", f":{self._line_number(start)}", 1)) from error
+
+    def _fit(self, row: Row) -> Row:
+        fits = {"captions": bool(row.captions), "questions": bool((row.question and row.answers) or row.turns)}
+        if self._purpose is not None and not fits[self._purpose]:
+            wanted = {"captions": "captions", "questions": "a question and its answers"}[self._purpose]
+            raise DataError(f"{self.path}:?: expected a row with {wanted}, found one without; leave it out of this set")
+        return row
 
     def __iter__(self) -> Iterator[Row]:
         return (self[place] for place in range(len(self)))

@@ -66,6 +66,20 @@ def test_a_wrong_line_is_named_when_it_is_asked_for(tmp_path: Path, chunk: int) 
         rows[3]
 
 
+def test_rows_that_have_not_what_they_are_read_for(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text(
+        '{"image": "a.png", "captions": ["x"]}\n{"image": "a.png", "question": "q"}\n'
+        '{"image": "a.png", "question": "q", "answers": ["a"]}\n{"image": "a.png", "turns": [["q", "a"]]}\n'
+    )
+    captions, questions = ManifestRows(path, "captions"), ManifestRows(path, "questions")
+    assert captions[0].captions == ("x",) and questions[2].answers == ("a",) and questions[3].turns == (("q", "a"),)
+    with pytest.raises(DataError, match=r"m.jsonl:3: expected a row with captions, found one without"):
+        captions[2]
+    with pytest.raises(DataError, match=r"m.jsonl:2: expected a row with a question and its answers"):
+        questions[1]
+
+
 def test_files_that_are_no_manifest(tmp_path: Path) -> None:
     with pytest.raises(MissingFile, match=r"none.jsonl: expected a manifest"):
         ManifestRows(tmp_path / "none.jsonl")
