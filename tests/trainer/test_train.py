@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from runtime.errors import CheckpointError, DataError
 from runtime.files import sha256_of
 from runtime.progress import Progress
 from trainer import plans, train
+from trainer.blip2 import Blip2
 from trainer.checkpoint import load_checkpoint
 from trainer.config import (
     STAGES,
@@ -31,6 +33,7 @@ from trainer.optimiser import learning_rate, make_optimiser
 from trainer.order import rows_at
 from trainer.ranks import Ranks
 from trainer.stepper import Stepper
+from trainer.watch import StepReport, Watcher
 
 SHORT = dict(steps=6, batch_size=8, warmup_steps=2, eval_every=3, eval_items=8, save_every=2, learning_rate=1e-3)
 CONFIGS: dict[StageName, StageConfig] = {
@@ -43,7 +46,13 @@ CONFIGS: dict[StageName, StageConfig] = {
 
 
 def run(
-    stage: StageName, model: ModelConfig, data: ResolvedData, out: Path, init: Path | None = None, **changes
+    stage: StageName,
+    model: ModelConfig,
+    data: ResolvedData,
+    out: Path,
+    init: Path | None = None,
+    watchers: Sequence[Watcher] = (),
+    **changes,
 ) -> Path:
     config = CONFIGS[stage].model_copy(update=changes)
     return train.run_stage(
@@ -58,6 +67,7 @@ def run(
         store=FeatureStore(),
         progress=Progress(quiet=True),
         ranks=Ranks(),
+        watchers=watchers,
     )
 
 
@@ -99,12 +109,28 @@ def test_stages_follow_each_other_and_keep_the_text_side(model_config, data, tmp
     assert torch.equal(loaded.bridge.query_tokens, after["query_tokens"])
 
 
-def test_frozen_halves_do_not_change(model_config, data, tmp_path) -> None:
+class Frozen(Watcher):
+    """The bytes of everything outside the bridge, after the last step that was told."""
+
+    def after_step(self, model: Blip2, report: StepReport) -> None:
+        self.bytes = frozen_bytes(model)
+
+
+def frozen_bytes(model: Blip2) -> dict[str, bytes]:
+    halves = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("bridge.")}
+    return {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in halves.items()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_frozen_halves_do_not_change(stage, model_config, data, tmp_path) -> None:
+    """Byte for byte, in memory and in their files."""
     weights = [next(Path(folder).glob("*.safetensors")) for folder in (model_config.vision, model_config.language)]
-    hashes = [sha256_of(path) for path in weights]
-    checkpoint = run("vqa", model_config, data, tmp_path / "vqa")
+    hashes, watcher = [sha256_of(path) for path in weights], Frozen()
+    checkpoint = run(stage, model_config, data, tmp_path / stage, watchers=[watcher])
     assert [sha256_of(path) for path in weights] == hashes
     model = load_checkpoint(checkpoint)
+    assert len(watcher.bytes) > 30
+    assert watcher.bytes == frozen_bytes(model)
     assert not any(p.requires_grad for p in [*model.vision.parameters(), *model.language_model.parameters()])
 
 

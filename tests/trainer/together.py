@@ -62,6 +62,8 @@ CHANGES = AugmentConfig(crop_scale=(0.5, 1.0), flip=True, operations=2)
 """Of the images of the training so called."""
 SAME_ON_BOTH = [name for name in TRAININGS if name not in ("sharded", "sharded_tower")]
 """Those that one process can do too."""
+RESUMED = ("stage1", "stage2", "vqa")
+"""Those that are cut short and go on, with dropout."""
 
 
 class Notes(Watcher):
@@ -133,13 +135,8 @@ class Killed(Exception):
     """Stands for what ends all processes between two steps."""
 
 
-def main(folder: Path) -> None:
-    """All trainings on the processes of the launcher."""
-    import trainer.plans
-
-    given, ranks = Given(folder), join()
-    for name in TRAININGS:
-        given.train(name, ranks)
+def cut(given: Given, ranks: Ranks, name: str, out: str, dropout: float = 0.0) -> None:
+    """A training that ends after three of its four steps, the last resume point being that after the second."""
     step = Stepper.step
 
     def dying(self: Stepper, number: int, *rest: Any) -> Any:
@@ -149,9 +146,23 @@ def main(folder: Path) -> None:
 
     Stepper.step = dying  # type: ignore[method-assign]
     try:
-        given.train("stage1", ranks, out="cut")
+        given.train(name, ranks, out=out, dropout=dropout)
     except Killed:
         Stepper.step = step  # type: ignore[method-assign]
+
+
+def main(folder: Path) -> None:
+    """All trainings on the processes of the launcher."""
+    import trainer.plans
+
+    given, ranks = Given(folder), join()
+    for name in TRAININGS:
+        given.train(name, ranks)
+    cut(given, ranks, "stage1", "cut")
+    for name in RESUMED:
+        given.train(name, ranks, out=f"{name}_whole", dropout=0.1)
+        cut(given, ranks, name, f"{name}_cut", dropout=0.1)
+        given.train(name, ranks, out=f"{name}_cut", dropout=0.1)
     trainer.plans.Stage2 = Poisoned  # type: ignore[misc]
     try:
         given.train("stage2", ranks, out="poisoned")
