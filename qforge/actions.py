@@ -24,14 +24,14 @@ from runtime.packed import piece_of
 from runtime.precision import Precision
 from runtime.preprocess import load_image
 from runtime.progress import Progress
-from trainer.config import DEMO, ModelConfig, StageConfig, StageName
+from trainer.config import DEMO, FeaturesConfig, ModelConfig, StageConfig, StageName
 from trainer.sources.check import LOOKED_THROUGH, look_at, sampled
 from trainer.sources.convert import as_manifest, files_behind
 from trainer.sources.rows import ManifestRows
 from trainer.sources.source import Source, resolve_source
 
 if TYPE_CHECKING:
-    from trainer.data import FeatureStore
+    from trainer.data import FeatureSource
 
 DATA_SETS = ("captions_train", "captions_val", "captions_test", "vqa_train", "vqa_val", "vqa_test")
 """Settings of the data section that name data sets."""
@@ -165,18 +165,19 @@ def train_stage(
         init=init,
         out=folder,
         recipe_yaml=recipe.to_yaml(),
-        store=_features(model.vision, model.vision_layer, size, out),
+        store=_features(model.vision, model.vision_layer, size, out, recipe.data.features),
         progress=Progress(quiet=not ranks.is_main),
         ranks=ranks,
     )
 
 
 @lru_cache(maxsize=1)
-def _features(vision: str, layer: int, image_size: int | None, out: Path) -> "FeatureStore":
+def _features(vision: str, layer: int, image_size: int | None, out: Path, settings: FeaturesConfig) -> "FeatureSource":
     """One store for the stages of a run, so that an image passes its frozen tower once."""
     from trainer.data import FeatureStore
+    from trainer.features import cached_features
 
-    return FeatureStore()
+    return FeatureStore() if settings.folder is None else cached_features(settings)
 
 
 def export_bundle(recipe: Recipe, precision: Precision, reuse: Path | None, out: Path, folder: Path) -> None:

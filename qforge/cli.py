@@ -265,7 +265,7 @@ def vqa(
     return verbs_answer.vqa(bundle, image, questions, how, device_for(bundle, backend, provider, threads))
 
 
-from qforge import cli_cache, cli_chat  # noqa: E402, F401 - as above
+from qforge import cli_cache, cli_chat, cli_data  # noqa: E402, F401 - as above
 
 
 @verb(app, "index", "qforge index bundle-retrieval photos/ more.jsonl --out photos.index")

@@ -89,6 +89,23 @@ def open_retriever(path: Path, device: Device) -> Iterator["Retriever"]:
     yield EagerRetrieval(model)
 
 
+@contextmanager
+def open_filter(generator: Path, scorer: Path, device: Device) -> Iterator[tuple[Answerer, "Retriever"]]:
+    """Who describes images, and who scores descriptions; one checkpoint that does both is loaded once."""
+    with ExitStack() as opened:
+        if kind_of(generator) == "bundle":
+            describes = opened.enter_context(open_answerer(generator, device))
+            yield describes, opened.enter_context(open_retriever(scorer, device))
+            return
+        model = _eager(generator, device, why="Describing with a checkpoint")
+        from trainer.generate import EagerPipeline
+        from trainer.retrieval import EagerRetrieval
+
+        same = scorer.resolve() == generator.resolve()
+        scores = EagerRetrieval(model) if same else opened.enter_context(open_retriever(scorer, device))
+        yield EagerPipeline(model, draws=True), scores
+
+
 def _eager(path: Path, device: Device, why: str) -> "Blip2":
     """The PyTorch model of a checkpoint; `why` begins the sentence that is said where torch is not installed."""
     if device.provider != "cpu":

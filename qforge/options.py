@@ -20,7 +20,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-data = typer.Typer(help="Data sets: check one, or draw the demo world.", no_args_is_help=True, rich_markup_mode=None)
+data = typer.Typer(
+    help="Data sets: check, draw, filter captions, make features ahead.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(data, name="data")
 
 Task = Literal["caption", "vqa", "retrieval"]

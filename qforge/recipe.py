@@ -28,6 +28,7 @@ from trainer.config import (
     RetrievalConfig,
     Stage1Config,
     Stage2Config,
+    StageConfig,
     StageName,
     VqaConfig,
 )
@@ -66,6 +67,24 @@ class Recipe(Settings):
         ordered = tuple(stage for stage in STAGES if stage in self.stages)
         if self.stages != ordered:
             raise ValueError(f"stages: expected each once and in order: {', '.join(ordered)}")
+        return self
+
+    @model_validator(mode="after")
+    def _features_are_of_a_frozen_encoder(self) -> "Recipe":
+        if self.data.features.folder is None:
+            return self
+        for stage in self.stages:
+            config: StageConfig = getattr(self, stage)
+            if config.train_vision:
+                raise ValueError(
+                    f"{stage}.train_vision: data.features.folder keeps features of a frozen image encoder, and those "
+                    f"of a trained one change with every step; set the folder to null, or train_vision to false"
+                )
+            if "vision" in config.shard:
+                raise ValueError(
+                    f"{stage}.shard: an image encoder that is shared out among processes cannot compute what one of "
+                    f"them finds absent in data.features.folder; take vision out, or set the folder to null"
+                )
         return self
 
     def to_yaml(self) -> str:

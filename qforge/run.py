@@ -234,10 +234,15 @@ def _with_halves(model: ModelConfig, folder: Path) -> ModelConfig:
 
 
 def _settings(recipe: Recipe, *dotted_keys: str, without: str = "") -> dict[str, Any]:
-    """The named parts of the recipe, JSON-able; `without` leaves out a key that does not touch the result."""
+    """The named parts of the recipe, JSON-able; `without` leaves out a key that does not touch the result.
+
+    Whether image features are kept in half precision does; where, and how many, does not.
+    """
     found: dict[str, Any] = {}
+    tree = recipe.model_dump(mode="json")
+    tree["data"]["features"] = recipe.data.features.folder is not None
     for dotted in dotted_keys:
-        value: Any = recipe.model_dump(mode="json")
+        value: Any = tree
         for key in dotted.split("."):
             value = value[key]
         found[dotted] = {k: v for k, v in value.items() if k != without} if isinstance(value, dict) else value

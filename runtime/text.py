@@ -49,6 +49,11 @@ def require_text(text: str, name: str) -> None:
     raise InputError(f"{name}: expected text, found the control character U+{code:04X} at {place}; remove it")
 
 
+def is_text(text: str) -> bool:
+    """Whether `require_text` lets it pass."""
+    return len(text) <= MAX_CHARACTERS and _NOT_TEXT.search(text) is None
+
+
 def normalise_caption(caption: str) -> str:
     """Lower-case, punctuation replaced by spaces, single spaces, at most 50 words."""
     return _words(caption.lower().translate(_TO_SPACE))

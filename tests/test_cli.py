@@ -24,7 +24,7 @@ VERBS = [
     *(["run"], ["train"], ["data", "check"], ["data", "demo"], ["export"], ["verify"], ["inspect"], ["doctor"]),
     *(["build"], ["caption"], ["vqa"], ["index"], ["search"], ["evaluate"], ["bench"], ["import"], ["to-hf"]),
     *(["export-triton"], ["calibrate"], ["chat"], ["cache", "warm"], ["cache", "info"], ["cache", "clear"]),
-    *(["prepare"], ["tune"]),
+    *(["prepare"], ["tune"], ["data", "features"], ["data", "filter"]),
 ]
 
 

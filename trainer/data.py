@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from runtime.dataset import Row
-from runtime.errors import DataError, ImageError, MissingFile
+from runtime.errors import DataError, ImageError, InputError, MissingFile
 from runtime.preprocess import preprocess
 from runtime.progress import Progress
 from runtime.text import MAX_WORDS
@@ -99,6 +99,10 @@ class FeatureSource(Protocol):
         """Be told what will be asked for, and make ahead what is worth it."""
         ...
 
+    def ahead(self, vision: VisionTower, paths: Sequence[Path]) -> None:
+        """Be told what `many` will be asked for next."""
+        ...
+
     def many(self, vision: VisionTower, paths: Sequence[Path]) -> list[Tensor | None]:
         """Features [N, E] of each image; None for one that cannot be read."""
         ...
@@ -144,6 +148,9 @@ class FeatureStore:
             pixels = {path: pixel for path, pixel in read if pixel is not None}
         made = dict(zip(pixels, encode(vision, list(pixels.values())), strict=True))
         return [self._features[path] if path in self._features else made.get(path) for path in paths]
+
+    def ahead(self, vision: VisionTower, paths: Sequence[Path]) -> None:
+        """Nothing to do: they are in memory."""
 
     def statistics(self) -> dict[str, int]:
         """Nothing: what is kept in memory ends with the process."""
@@ -205,6 +212,11 @@ class ImageRows:
         """Entries of the data sets that are no rows, as something of them is missing or wrong."""
         paths = list[Path]() if many else [row.image for row in rows]
         self._paths = set(paths)
+        if self._live and not isinstance(store, FeatureStore):
+            raise InputError(
+                "data.features.folder: features are kept of a frozen image encoder and of images that are not changed "
+                "at random; set it to null for this stage"
+            )
         if self._live:
             return
         store.prepare(vision, paths, progress)
@@ -238,9 +250,12 @@ class ImageRows:
         return dict(sorted((kept | self._reader.broken).items()))
 
     def ahead(self, indices: Sequence[int], draws: StepDraws) -> None:
-        """Begin to read the images that the next step will ask for, where they are read in the step."""
+        """Begin to read the images, or their kept features, that the next step will ask for."""
         if self._live:
             self._reader.ahead(indices, draws)
+        else:
+            rows = [self._reader.row(index) for index in indices]
+            self._store.ahead(self._vision, [row.image for row in rows if row is not None])
 
     def batch(self, indices: Sequence[int], draws: StepDraws | None) -> tuple[list[Row], Tensor]:
         """The rows at `indices` (broken ones replaced) and their features [B, N, E], before the trained LayerNorm.

@@ -4,7 +4,8 @@ Decoding is transformers' own `generate`, so the comparison is with code we did 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -26,8 +27,10 @@ from trainer.generative import condition_tokens
 class EagerPipeline:
     """An `Answerer` over the PyTorch model."""
 
-    def __init__(self, model: Blip2) -> None:
+    def __init__(self, model: Blip2, *, draws: bool = False) -> None:
+        """`draws`: whether it may sample; its texts are told by seed and batch, and are not those of a bundle."""
         self.model = model.eval()
+        self._draws = draws
         self._templates = {"caption": model.config.caption_prompt, "vqa": model.config.vqa_prompt}
 
     @torch.no_grad()
@@ -49,18 +52,19 @@ class EagerPipeline:
         prefix_BQD = model.query_prefix(image_embeds_BNE, *self._conditions(requests))
         marks.append(time.perf_counter())
         ids = [model.tokenizer(prompt).input_ids for prompt in prompts]
-        settings = generate_settings(decoding, model, [len(row) for row in ids])
+        settings = generate_settings(decoding, model, [len(row) for row in ids], draws=self._draws)
         embeds, mask = self._with_prompts(prefix_BQD, ids)
         first_token = _FirstToken()
-        ids_BT = model.language_model.generate(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            max_new_tokens=model.config.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            eos_token_id=list(model.end_token_ids),
-            pad_token_id=model.pad_token_id,
-            stopping_criteria=StoppingCriteriaList([first_token]),
-            **settings,
-        )
+        with _seeded(decoding):
+            ids_BT = model.language_model.generate(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                max_new_tokens=model.config.max_new_tokens if max_new_tokens is None else max_new_tokens,
+                eos_token_id=list(model.end_token_ids),
+                pad_token_id=model.pad_token_id,
+                stopping_criteria=StoppingCriteriaList([first_token]),
+                **settings,
+            )
         marks += [first_token.at or marks[-1], time.perf_counter()]
         names = ("preprocess", "vision", "qformer", "prefill", "decode")
         timings_ms = {name: (b - a) * 1e3 for name, (a, b) in zip(names, pairwise(marks), strict=True)}
@@ -123,6 +127,15 @@ class EagerPipeline:
         (text, *others), (ids, *other_ids) = texts, said
         alternatives = tuple(Alternative(*other) for other in zip(others, other_ids, strict=True))
         return Answer(request.image_name, request.question, text, ids, timings_ms, alternatives)
+
+
+@contextmanager
+def _seeded(decoding: Decoding) -> Iterator[None]:
+    """PyTorch's random numbers as the seed says inside, and as they were before afterwards."""
+    with torch.random.fork_rng(enabled=decoding.do_sample):
+        if decoding.seed is not None:
+            torch.manual_seed(decoding.seed)
+        yield
 
 
 class _FirstToken(StoppingCriteria):

@@ -15,7 +15,7 @@ from runtime.progress import Progress
 from trainer.blip2 import Blip2
 from trainer.bridge import Part
 from trainer.config import RetrievalConfig, Stage1Config, Stage2Config, StageConfig, StageName, VqaConfig
-from trainer.data import FeatureStore, ImageRows, ResolvedData
+from trainer.data import FeatureSource, ImageRows, ResolvedData
 from trainer.demo_world import scorers_for
 from trainer.draws import StepDraws
 from trainer.generate import EagerPipeline
@@ -59,7 +59,7 @@ class Ingredients:
 
     model: Blip2
     data: ResolvedData
-    store: FeatureStore
+    store: FeatureSource
     progress: Progress
     ranks: Ranks
 

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from trainer.blip2 import new_blip2
 from trainer.bridge import PARTS, Part
 from trainer.checkpoint import load_bridge, read_config, require_halves, write_checkpoint
 from trainer.config import ModelConfig, StageConfig, StageName
-from trainer.data import FeatureStore, ResolvedData
+from trainer.data import FeatureSource, ResolvedData
 from trainer.fit import Fit
 from trainer.plans import STAGE_KINDS, Ingredients
 from trainer.ranks import Ranks
@@ -32,7 +33,7 @@ def run_stage(
     init: Path | None,
     out: Path,
     recipe_yaml: str,
-    store: FeatureStore,
+    store: FeatureSource,
     progress: Progress,
     ranks: Ranks,
     watchers: Sequence[Watcher] = (),
@@ -78,7 +79,11 @@ def run_stage(
     found = ranks.collect({path: why for rows in plan.rows for path, why in rows.broken().items()})
     broken = {path: why for of_process in found for path, why in of_process.items()}
     cut, left_out = sum(rows.cut_texts for rows in plan.rows), sum(rows.left_out for rows in plan.rows)
-    metrics = {"stage": stage, "held_out": history, "broken_images": broken, "cut_texts": cut, "left_out": left_out}
+    metrics: dict[str, Any] = {"stage": stage, "held_out": history, "broken_images": broken}
+    metrics |= {"cut_texts": cut, "left_out": left_out}
+    if features := _together(ranks.collect(store.statistics())):
+        metrics["features"] = features
+        progress.note(f"{stage}: image features {', '.join(f'{name} {count:,}' for name, count in features.items())}")
     with whole(blip2):
         if ranks.is_main:
             with atomic_folder(out) as folder:
@@ -97,3 +102,8 @@ def run_stage(
 def _fresh_parts(model: ModelConfig, given: Sequence[Part]) -> tuple[Part, ...]:
     """Only the projection into a language model may be new: a retrieval checkpoint that is given one has none yet."""
     return ("language",) if model.language is not None and "language" not in given else ()
+
+
+def _together(counted: Sequence[dict[str, int]]) -> dict[str, int]:
+    """Counts of all processes added, but not the bytes of the folder that they share."""
+    return {name: (max if name == "bytes" else sum)(of_one[name] for of_one in counted) for name in counted[0]}
