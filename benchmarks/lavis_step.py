@@ -59,9 +59,9 @@ def lavis_losses(
     text_BLH, _ = _encode(bridge, None, ids_BT, _visible(mask_BT), None, None)
     text_BC = F.normalize(bridge.text_projection(text_BLH[:, 0]), dim=-1)
     image_to_text = torch.matmul(image_BQC.unsqueeze(1), text_BC.unsqueeze(-1)).squeeze(-1).amax(-1)
-    image_to_text = image_to_text / bridge.temperature
+    image_to_text = bridge.over_temperature(image_to_text)
     text_to_image = torch.matmul(text_BC.unsqueeze(1).unsqueeze(1), image_BQC.permute(0, 2, 1)).squeeze(2).amax(-1)
-    text_to_image = text_to_image / bridge.temperature
+    text_to_image = bridge.over_temperature(text_to_image)
     own = torch.arange(rows)
     itc = F.cross_entropy(image_to_text, own, label_smoothing=SMOOTHING)
     itc = (itc + F.cross_entropy(text_to_image, own, label_smoothing=SMOOTHING)) / 2
