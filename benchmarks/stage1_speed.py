@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,21 +61,21 @@ class Size:
     width: int
     layers: int
     heads: int
-    batch: int
     qformer: QFormerConfig
 
 
 PUBLISHED = QFormerConfig(vocabulary=30_523)
 SIZES = {
-    "vit-b-16-384": Size(384, 16, 768, 12, 12, 8, PUBLISHED),
-    "vit-b-16-224": Size(224, 16, 768, 12, 12, 8, PUBLISHED),
+    "vit-b-14-364": Size(364, 14, 768, 12, 12, PUBLISHED),
+    "vit-b-14-224": Size(224, 14, 768, 12, 12, PUBLISHED),
     "tiny": Size(
-        32, 8, 48, 2, 4, 6,
+        32, 8, 48, 2, 4,
         QFormerConfig(queries=4, width=48, layers=4, heads=4, ffn_width=96, contrastive_width=16, vocabulary=400),
     ),
 }  # fmt: skip
-"""The paper's Q-Former over ViT-B/16 at two resolutions (BLIP-2 pre-trains at 224 pixels and fine-tunes at 364)."""
-CASES = ("vit-b-16-384", "vit-b-16-224")
+"""The paper's Q-Former over ViT-B/14 at the resolutions of its pre-training (257 image tokens) and of its retrieval
+fine-tune (677), which trains the same three losses."""
+CASES = ("vit-b-14-364", "vit-b-14-224")
 
 
 # Shape letters: B pairs, T text tokens, N image tokens, E image width
@@ -90,19 +91,19 @@ class Batch:
 class Bench:
     """The model, its batches, and a step for each contestant."""
 
-    def __init__(self, size: Size, seed: int = 0) -> None:
+    def __init__(self, size: Size, rows: int, seed: int = 0) -> None:
         torch.manual_seed(seed)
-        self.size, self._rng = size, np.random.default_rng(seed)
+        self.size, self.rows, self._rng = size, rows, np.random.default_rng(seed)
         self.model = _model(size)
-        self.config = Stage1Config(batch_size=size.batch)
+        self.config = Stage1Config(batch_size=rows)
         self.objective = Stage1(self.config, None, None, None)  # type: ignore[arg-type]  # rows are given as tensors
         self._steps = 0
 
     def batch(self, *, cached: bool) -> Batch:
         """Random pixels and words; features only where the tower is left out."""
         size = self.size
-        pixels_BCHW = torch.from_numpy(self._rng.standard_normal((size.batch, 3, size.side, size.side), np.float32))
-        lengths = np.rint(self._rng.normal(MEAN_TOKENS, SPREAD_TOKENS, size.batch))
+        pixels_BCHW = torch.from_numpy(self._rng.standard_normal((self.rows, 3, size.side, size.side), np.float32))
+        lengths = np.rint(self._rng.normal(MEAN_TOKENS, SPREAD_TOKENS, self.rows))
         limit = size.qformer.max_text_tokens
         lengths_B = torch.from_numpy(lengths.clip(LEAST_TOKENS, limit)).long()
         places_T = torch.arange(int(lengths_B.max()))
@@ -125,8 +126,8 @@ class Bench:
 
     def ours(self, features_BNE: Tensor, texts: TextBatch) -> tuple[Tensor, dict[str, float], tuple[Tensor, Tensor]]:
         """Loss, its parts and the negatives of our step from features on: all of `Stage1.loss` after the reading."""
-        draws = StepDraws((0, 0, self._steps), 0, self.size.batch)
-        pairs = Pairs(texts, features_BNE, torch.arange(self.size.batch))
+        draws = StepDraws((0, 0, self._steps), 0, self.rows)
+        pairs = Pairs(texts, features_BNE, torch.arange(self.rows))
         embeddings, kept = self.objective.embed(self.model, pairs)
         coupled, figures, drawn = self.objective.couple(self.model, embeddings, [pairs], draws, Ranks())
         rest, more = self.objective.rest(self.model, pairs, kept, drawn[0], Ranks())
@@ -225,11 +226,12 @@ def summarise(taken: dict[str, dict[str, list[float]]], batch: int) -> dict[str,
     return found
 
 
-def peak_memory(size: str, threads: int) -> dict[str, int]:
+def peak_memory(size: str, batch: int, threads: int) -> dict[str, int]:
     """Bytes at the peak of a step, each contestant in a process of its own."""
     found = {}
     for name in NAMES:
-        words = [sys.executable, "-m", MODULE, "--child", name, "--sizes", size, "--threads", str(threads)]
+        words = [sys.executable, "-m", MODULE, "--child", name, "--sizes", size]
+        words += ["--batch", str(batch), "--threads", str(threads)]
         done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1])
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -240,9 +242,9 @@ def peak_memory(size: str, threads: int) -> dict[str, int]:
     return found
 
 
-def _child(name: str, size: str) -> int:
+def _child(name: str, size: str, batch: int) -> int:
     """Peak of a step that is not the first: the optimiser's averages are there, as they are in all steps but one."""
-    bench = Bench(SIZES[size])
+    bench = Bench(SIZES[size], batch)
     optimiser = bench.optimisers([name])[name]
     for parameter in bench.model.bridge.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -251,28 +253,28 @@ def _child(name: str, size: str) -> int:
     return peak_bytes()
 
 
-def measure_case(name: str, rounds: int, threads: int, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Everything about one size."""
+def measure_case(name: str, batch: int, rounds: int, threads: int, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Everything about one size, at `batch` pairs a step."""
     progress(f"{name}: memory")
-    memory = peak_memory(name, threads)
-    before, bench = cpu_seconds(), Bench(SIZES[name])
+    memory, size = peak_memory(name, batch, threads), SIZES[name]
+    before, bench = cpu_seconds(), Bench(size, batch)
     progress(f"{name}: losses")
     losses = bench.compare()
     progress(f"{name}: {rounds} rounds")
-    found = summarise(measure(bench, rounds), bench.size.batch)
+    found = summarise(measure(bench, rounds), batch)
     after = cpu_seconds()
     for contestant, nbytes in memory.items():
         found[contestant]["peak_bytes"] = nbytes
-    size = asdict(SIZES[name]) | {"qformer": SIZES[name].qformer.model_dump()}
+    described = asdict(size) | {"qformer": size.qformer.model_dump()}
     others = 1 - (after[1] - before[1]) / (after[0] - before[0])
-    return {"size": size, "losses": losses, **found, "cpu_share_of_others": round(others, 4)}
+    return {"size": described, "batch": batch, "losses": losses, **found, "cpu_share_of_others": round(others, 4)}
 
 
 def result(cases: dict[str, Any], rounds: int, threads: int) -> dict[str, Any]:
     """What is written."""
     return {
         "what": "stage 1 of BLIP-2, one training step from pixels (ours-cached: from features), fp32, random weights",
-        "command": f"python -m {MODULE} --out FILE",
+        "command": f"python -m {MODULE} --out FILE --batch N --rounds {rounds}",
         "settings": {
             "threads": threads,
             "rounds": rounds,
@@ -289,20 +291,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="result file (JSON)")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of everybody in every case")
+    parser.add_argument("--batch", type=int, default=8, help="pairs in a step")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(CASES), help="cases")
     parser.add_argument("--child", choices=NAMES, help="measure the memory of one contestant here and print it")
     given = parser.parse_args()
     if given.child is not None:
         torch.set_num_threads(given.threads)
-        print(_child(given.child, given.sizes[0]))
+        print(_child(given.child, given.sizes[0], given.batch))
     elif given.out is None:
         parser.error("--out is needed")
     else:
         torch.set_num_threads(given.threads)
-        cases = dict[str, Any]()
+        cases, report = dict[str, Any](), partial(print, file=sys.stderr, flush=True)
         for name in given.sizes:
-            cases[name] = measure_case(name, given.rounds, given.threads, lambda line: print(line, file=sys.stderr))
+            cases[name] = measure_case(name, given.batch, given.rounds, given.threads, report)
             write_text_atomic(given.out, json_text(result(cases, given.rounds, given.threads)))
 
 

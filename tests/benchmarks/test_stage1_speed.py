@@ -14,20 +14,19 @@ from benchmarks.results import json_text
 from benchmarks.stage1_speed import CACHED, CASES, LAVIS, NAMES, OURS, SIZES, TOLERANCE, Bench, measure_case, result
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "stage1-speed.json"
+ROWS = 6
 
 
 def test_a_whole_run() -> None:
     said = list[str]()
-    found = measure_case("tiny", 2, torch.get_num_threads(), said.append)
+    found = measure_case("tiny", ROWS, 2, torch.get_num_threads(), said.append)
     assert json_text(result({"tiny": found}, 2, 1)), "can be written"
     assert said == ["tiny: memory", "tiny: losses", "tiny: 2 rounds"]
     assert found["losses"]["largest_difference"] <= TOLERANCE
     for name in NAMES:
         assert len(found[name]["wall_s"]) == len(found[name]["cpu_s"]) == 2
         assert found[name]["peak_bytes"] > 10**8
-        assert found[name]["samples_per_s"] == pytest.approx(
-            SIZES["tiny"].batch / np.median(found[name]["wall_s"]), rel=0.01
-        )
+        assert found[name]["samples_per_s"] == pytest.approx(ROWS / np.median(found[name]["wall_s"]), rel=0.01)
     for name in (OURS, CACHED):
         ratio = np.median(found[LAVIS]["wall_s"]) / np.median(found[name]["wall_s"])
         assert found[name]["times_faster_wall"]["value"] == pytest.approx(ratio, rel=0.01)
@@ -35,7 +34,7 @@ def test_a_whole_run() -> None:
 
 def test_both_steps_have_the_same_losses_and_gradients() -> None:
     """The same negatives, dropout off: losses and the gradient of every weight agree."""
-    bench = Bench(SIZES["tiny"])
+    bench = Bench(SIZES["tiny"], ROWS)
     bench.model.eval()
     batch = bench.batch(cached=False)
     loss, figures, (texts, images) = bench.ours(bench.features(batch), batch.texts)
@@ -76,4 +75,4 @@ def test_the_measured_step_is_faster_at_the_same_losses(cases: dict[str, Any]) -
         assert case["losses"]["largest_difference"] <= 1e-4
         assert case[OURS]["times_faster_cpu"]["value"] >= 1.5
         assert case[OURS]["peak_bytes"] < case[LAVIS]["peak_bytes"]
-    assert cases["vit-b-16-384"][CACHED]["times_faster_cpu"]["value"] >= 3
+    assert cases["vit-b-14-364"][CACHED]["times_faster_cpu"]["value"] >= 3
