@@ -20,6 +20,7 @@ from trainer.demo_world import scorers_for
 from trainer.draws import StepDraws
 from trainer.generate import EagerPipeline
 from trainer.generative import CaptionObjective, VqaObjective
+from trainer.logs.lines import LossLines, contrast_lines, generation_lines, language_lines, matching_lines
 from trainer.momentum import MomentumEncoder
 from trainer.ranks import Ranks
 from trainer.resume import Stateful
@@ -50,6 +51,8 @@ class Plan:
     """What is trained on; a step draws from the first."""
     evaluate: Callable[[Blip2], dict[str, float]]
     """Held-out metrics; every process calls it."""
+    lines: Mapping[str, LossLines]
+    """Chance and floor of the losses, by the names the objective shows them with; `loss` is the sum."""
     state: Mapping[str, Stateful] = field(default_factory=dict)
     """What a resume point holds beside weights and optimiser (a momentum encoder and its queue), by name."""
 
@@ -90,13 +93,18 @@ def _stage1(given: Ingredients, config: StageConfig) -> Plan:
     if config.itc_queue:
         momentum = MomentumEncoder(given.model.bridge, config.itc_momentum, config.itc_queue)
     objective = Stage1(config, captions, given.with_images(described[: config.eval_items]), momentum)
-    return Plan(objective, (captions,), objective.evaluate)
+    return Plan(objective, (captions,), objective.evaluate, lines=stage1_lines(given.model, config))
 
 
 def _stage2(given: Ingredients, config: StageConfig) -> Plan:
     caption_rows, described = given.data.captions()
     captions = given.with_images(caption_rows)
-    return Plan(CaptionObjective(captions), (captions,), lambda model: _captions(model, described[: config.eval_items]))
+    return Plan(
+        CaptionObjective(captions),
+        (captions,),
+        lambda model: _captions(model, described[: config.eval_items]),
+        speaking_lines(given.model),
+    )
 
 
 def _vqa(given: Ingredients, config: StageConfig) -> Plan:
@@ -110,7 +118,27 @@ def _vqa(given: Ingredients, config: StageConfig) -> Plan:
         answers = evaluate(EagerPipeline(model), items, task="vqa", batch_size=EVAL_BATCH).metrics
         return {"vqa_accuracy": answers["accuracy"], **_captions(model, described[: config.eval_items])}
 
-    return Plan(VqaObjective(questions, captions, config.caption_fraction), (questions, captions), both)
+    objective = VqaObjective(questions, captions, config.caption_fraction)
+    return Plan(objective, (questions, captions), both, speaking_lines(given.model))
+
+
+def stage1_lines(model: Blip2, config: Stage1Config) -> dict[str, LossLines]:
+    """Of the three losses as they are shown: times their weights; those that are switched off have none."""
+    words = model.bridge.embeddings
+    assert words is not None, "stage 1 needs the text part"
+    lines = {
+        "itc": contrast_lines(config.batch_size, config.label_smoothing).weighted(config.itc_weight),
+        "itm": matching_lines().weighted(config.itm_weight),
+        "itg": generation_lines(
+            model.bridge.embeddings.word_embeddings.num_embeddings, config.label_smoothing
+        ).weighted(config.itg_weight),
+    }
+    return {name: line for name, line in lines.items() if line.chance}
+
+
+def speaking_lines(model: Blip2) -> dict[str, LossLines]:
+    """Of the language model's loss."""
+    return {"loss": language_lines(model.language_model.get_output_embeddings().weight.shape[0])}
 
 
 def _captions(model: Blip2, rows: list[Row]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from trainer.checkpoint import load_bridge, read_config, require_halves, write_c
 from trainer.config import ModelConfig, StageConfig
 from trainer.data import FeatureStore, ResolvedData
 from trainer.fit import Fit
+from trainer.logs.training_log import TrainingLog
 from trainer.plans import STAGE_KINDS, Ingredients, StageName
 from trainer.ranks import Ranks
 from trainer.shard import spread, whole
@@ -57,6 +58,15 @@ def run_stage(
     spread(stage, blip2, config, ranks)
     plan = kind.plan(Ingredients(blip2, data, store, progress, ranks), config)
     partial = out.with_name(f".{out.name}.partial")
+    log = TrainingLog(
+        out.with_name(f".{out.name}.log"),
+        stage=stage,
+        config=config,
+        lines=plan.lines,
+        device=ranks.device,
+        processes=ranks.count,
+        progress=progress,
+    )
     settings = {"seed": seed, "model": model.model_dump(mode="json"), stage: config.model_dump(mode="json")}
     history = Fit(
         stage,
@@ -69,15 +79,17 @@ def run_stage(
         recipe_yaml=recipe_yaml,
         ranks=ranks,
         progress=progress,
-        watchers=watchers,
+        watchers=[*watchers, log] if ranks.is_main else watchers,
     ).run()
     found = ranks.collect({path: why for rows in plan.rows for path, why in rows.broken().items()})
     broken = {path: why for of_process in found for path, why in of_process.items()}
-    metrics = {"stage": stage, "held_out": history, "broken_images": broken}
+    metrics = {"stage": stage, "held_out": history, "broken_images": broken, "alarms": log.alarms()}
     with whole(blip2):
         if ranks.is_main:
             with atomic_folder(out) as folder:
                 write_checkpoint(blip2, folder, stage=stage, metrics=metrics, recipe_yaml=recipe_yaml)
+                log.publish(folder, broken)
+            log.remove()
             shutil.rmtree(partial, ignore_errors=True)
     ranks.barrier()
     if broken:

@@ -68,11 +68,9 @@ class Alarms:
         self.raised: list[Alarm] = []
         """All there were, oldest first."""
 
-    def see(self, step: int, losses: Mapping[str, float], gradient_norm: float | None) -> list[Alarm]:
+    def see(self, step: int, losses: Mapping[str, float], gradient_norm: float) -> list[Alarm]:
         """Take in one logged step (1-based); returns what it shows for the first time."""
-        found = [*self._stuck(step, losses), *self._rising(step, losses[TOTAL])]
-        if gradient_norm is not None:
-            found += self._exploding(step, gradient_norm)
+        found = [*self._stuck(step, losses), *self._rising(step, losses[TOTAL]), *self._exploding(step, gradient_norm)]
         known = {alarm.kind for alarm in self.raised}
         new = [alarm for alarm in found if alarm.kind not in known]
         self.raised += new

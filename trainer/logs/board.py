@@ -45,10 +45,10 @@ def _scalars(record: Record) -> Iterator[tuple[str, float]]:
     if record["kind"] == "held_out":
         yield from _tagged("held_out", record["metrics"])
     elif record["kind"] == "step":
-        for group in ("losses", "learning_rates", "speed"):
+        for group in ("losses", "speed", "memory"):
             yield from _tagged(group, record[group])
-        if record["gradient_norm"] is not None:
-            yield "gradient_norm", float(record["gradient_norm"])
+        yield from _tagged("learning_rate", {str(n): rate for n, rate in enumerate(record["learning_rates"])})
+        yield "gradient_norm", float(record["gradient_norm"])
 
 
 def _tagged(group: str, numbers: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -94,9 +94,7 @@ def flop_counter() -> FlopCounterMode:
     """Counts what runs inside the `with`, attention on the CPU included, which PyTorch's own table lacks."""
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return FlopCounterMode(
-        display=False, custom_mapping={attention: _attention_forward, backward: _attention_backward}
-    )
+    return FlopCounterMode(display=False, custom_mapping={attention: _attention_forward, backward: _attention_backward})
 
 
 def _attention_forward(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:

@@ -1,7 +1,7 @@
 """`training.jsonl`: what happened in a stage, one JSON object per line, each with its `kind` and `step`.
 
     {"kind": "run", "step": 0, "stage": "stage1", "steps": 100, "lines": {"itc": {"chance": 4.16, …}}, …}
-    {"kind": "step", "step": 10, "losses": {"loss": 7.9, "itc": 4.0, …}, "learning_rates": {…}, "gradient_norm": 1.2, …}
+    {"kind": "step", "step": 10, "losses": {"loss": 7.9, "itc": 4.0, …}, "learning_rates": [1e-3], …}
     {"kind": "held_out", "step": 50, "metrics": {"itc_image_to_text_r1": 0.4, …}}
     {"kind": "event", "step": 50, "event": "resume", …}
 
@@ -39,8 +39,8 @@ def read_journal(path: Path) -> list[Record]:
             if number > len(lines):
                 break
             raise CheckpointError(
-                f"{path}:{number}: expected a JSON object with kind and step, found {line[:40]!r}; delete the file to go "
-                f"on without the log of earlier steps"
+                f"{path}:{number}: expected a JSON object with kind and step, found {line[:40]!r}; delete the file "
+                f"to go on without the log of earlier steps"
             ) from error
     return records
 

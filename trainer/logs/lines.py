@@ -51,8 +51,8 @@ def contrast_lines(candidates: int, smoothing: float) -> LossLines:
         chance=chance,
         floor=floor,
         stuck=chance - SLACK * (chance - floor),
-        hint="every image is as similar to every text, so queries or text features have collapsed; check that the "
-        "queries are not all alike (zeros), lower learning_rate, lengthen warmup_steps, or start the Q-Former from BERT",
+        hint="every image is as similar to every text: queries or text features have collapsed; check that "
+        "queries are not all alike (zeros), lower learning_rate, lengthen warmup_steps, or start from a BERT",
     )
 
 

@@ -17,12 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from runtime.progress import Progress
 from trainer.blip2 import Blip2
 from trainer.config import StageConfig
-from trainer.logs.alarms import Alarms
+from trainer.logs.alarms import Alarm, Alarms
 from trainer.logs.board import FOLDER, Board
 from trainer.logs.flops import Peak, flop_counter, peak_of
 from trainer.logs.journal import FILE, Journal, Record
 from trainer.logs.lines import LossLines
-from trainer.watch import StepReport
+from trainer.watch import StepReport, Watcher
 
 STATM = Path("/proc/self/statm")
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -39,7 +39,7 @@ class _Window:
     data_s: float = 0.0
 
 
-class TrainingLog:
+class TrainingLog(Watcher):
     """Writes what it is told of the steps of `stage` into `folder`."""
 
     def __init__(
@@ -55,9 +55,7 @@ class TrainingLog:
     ) -> None:
         self._folder, self._stage, self._config, self._lines = folder, stage, config, lines
         self._device, self._processes, self._progress = device, processes, progress
-        self._alarms = Alarms(
-            lines, steps=config.steps, warmup_steps=config.warmup_steps, log_every=config.log_every
-        )
+        self._alarms = Alarms(lines, steps=config.steps, warmup_steps=config.warmup_steps, log_every=config.log_every)
         self._journal: Journal | None = None
         self._board: Board | None = None
         self._counter: FlopCounterMode | None = None
@@ -99,7 +97,7 @@ class TrainingLog:
             report.step,
             {
                 "losses": {"loss": report.loss, **report.figures},
-                "learning_rates": dict(report.learning_rates),
+                "learning_rates": report.learning_rates,
                 "gradient_norm": report.gradient_norm,
                 "speed": self._speed(report.rows),
                 "memory": _memory(self._device),
@@ -119,10 +117,6 @@ class TrainingLog:
         assert self._journal is not None, "begin() comes first"
         self._journal.sync()
 
-    def event(self, step: int, name: str, text: str) -> None:
-        """Record something that happened."""
-        self._write("event", step, {"event": name, "text": text})
-
     def end(self) -> None:
         """Close the files; also when the loop failed."""
         if self._counter is not None:
@@ -136,8 +130,11 @@ class TrainingLog:
         """Those raised in the whole stage, oldest first, for metrics.json."""
         return [asdict(alarm) for alarm in self._alarms.raised]
 
-    def publish(self, checkpoint: Path) -> None:
-        """Copy the log into a checkpoint that is being written."""
+    def publish(self, checkpoint: Path, broken_images: Mapping[str, str]) -> None:
+        """Copy the log into a checkpoint that is being written; images that could not be read are its last record."""
+        if broken_images:
+            with Journal(self._folder / FILE, self._config.steps) as journal:
+                journal.write("event", self._config.steps, {"event": "broken_images", "images": dict(broken_images)})
         shutil.copytree(self._folder, checkpoint, dirs_exist_ok=True)
 
     def remove(self) -> None:
@@ -151,12 +148,11 @@ class TrainingLog:
             self._board.write(record)
         return record
 
-    def _watch(self, record: Record) -> list[Any]:
-        norm = record["gradient_norm"]
+    def _watch(self, record: Record) -> list[Alarm]:
         return self._alarms.see(
             record["step"],
             {name: float(value) for name, value in record["losses"].items()},
-            None if norm is None else float(norm),
+            float(record["gradient_norm"]),
         )
 
     def _facts(self) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""Counted operations equal those worked out by hand, counting changes no bit, and peaks are those of the data sheets."""
+"""Counted operations equal those worked out by hand, counting changes no bit, peaks are those of the data sheets."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from trainer.config import ModelConfig, QFormerConfig
+from trainer.config import QFormerConfig
 from trainer.logs.flops import flop_counter, peak_of, published
 from trainer.qformer import QFormer
 
