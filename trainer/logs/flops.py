@@ -79,7 +79,7 @@ def _measured(device: torch.device, dtype: torch.dtype, _threads: int) -> float:
     """The fastest of square products timed for `MEASURED_S` (FLOP/s)."""
     side = GEMM_SIDE[device.type]
     left = torch.ones(side, side, dtype=dtype, device=device)
-    times = []
+    times: list[float] = []
     deadline = time.perf_counter() + MEASURED_S
     while len(times) < 2 or time.perf_counter() < deadline:
         start = time.perf_counter()

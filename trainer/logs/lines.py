@@ -90,7 +90,9 @@ def smoothed_entropy(classes: int, smoothing: float) -> float:
     """Least cross-entropy against targets of `1 - smoothing` on the right class plus `smoothing` shared by all."""
     other = smoothing / classes
     right = 1 - smoothing + other
-    return -right * math.log(right) - ((classes - 1) * other * math.log(other) if other else 0.0)
+    if not other:
+        return 0.0
+    return -right * math.log(right) - (classes - 1) * other * math.log(other)
 
 
 def binary_entropy(share: float) -> float:
