@@ -25,6 +25,8 @@ ALARM = "#b3261e"
 LINE_STYLES = {"chance": (0, (6, 3)), "prior": (0, (4, 2, 1, 2)), "floor": (0, (1, 2))}
 LOG_FROM = 30
 """Largest value over smallest from which a curve is drawn on a logarithmic scale."""
+CROWDED_FROM = 100
+"""… and from which its scale names powers of ten alone."""
 SMOOTHED_OVER = 20
 """The moving average spans this part of the curve."""
 TOTAL = "loss"
@@ -87,12 +89,13 @@ def _draw_loss(axis: Any, log: list[Record], name: str) -> None:
         axis.plot(*zip(*held_out, strict=True), "o-", color=ORANGE, markersize=4, linewidth=1)
         below = {"textcoords": "offset points", "ha": "center", "va": "top", "fontsize": 8}
         axis.annotate("held out", held_out[0], (0, -5), color=ORANGE, **below)
+    axis.margins(y=0.16)  # room for the names of the lines
     lines = log[0]["lines"].get(name, {})
     for kind, style in LINE_STYLES.items():
         value = lines.get(kind)
         if value is not None and (value > 0 or axis.get_yscale() == "linear"):
             axis.axhline(value, color=FAINT, linewidth=1, linestyle=style, zorder=1)
-            place = "bottom" if kind == "floor" or (kind == "chance" and "prior" in lines) else "top"
+            place = "bottom" if kind == "chance" else "top"
             axis.annotate(
                 f"{kind} {value:.4g}",
                 (0.995, value),
@@ -141,7 +144,8 @@ def _draw_curve(axis: Any, curve: Series, colour: str) -> None:
     finite = [value for value in values if math.isfinite(value)]
     if min(finite, default=0) > 0 and max(finite) > LOG_FROM * min(finite):
         axis.set_yscale("log", subs=[])
-        axis.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        crowded = max(finite) > CROWDED_FROM * min(finite)
+        axis.yaxis.get_major_locator().set_params(subs=(1,) if crowded else (1, 2, 5))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 

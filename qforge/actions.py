@@ -5,6 +5,7 @@ for it.
 """
 
 import contextlib
+import importlib.util
 import json
 import shutil
 import sys
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from export.config import ExportConfig
 from qforge.recipe import Recipe
-from qforge.report import report_text
+from qforge.report import CURVES, report_text
 from runtime.dataset import check_manifest, read_manifest
 from runtime.errors import CheckFailed, require
 from runtime.files import sha256_of, write_json_atomic
@@ -113,13 +114,17 @@ def build_halves(recipe: Recipe, folder: Path) -> None:
 def train_stage(
     stage: "StageName", recipe: Recipe, model: ModelConfig, out: Path, init: Path | None, folder: Path
 ) -> None:
-    """Train one stage from the checkpoint `init`, or go on with what an interrupted call left in `folder`."""
+    """Train one stage from the checkpoint `init`, or go on with what an interrupted call left in `folder`.
+
+    Its curves are drawn beside it where matplotlib is installed.
+    """
     require("torch", extra="train", why="Training")
     from trainer.data import resolve
     from trainer.ranks import join
     from trainer.train import run_stage
 
     ranks = join()
+    progress = Progress(quiet=not ranks.is_main)
     run_stage(
         stage,
         model=model,
@@ -130,9 +135,17 @@ def train_stage(
         out=folder,
         recipe_yaml=recipe.to_yaml(),
         store=_features(model.vision, model.vision_layer, model.image_size, out),
-        progress=Progress(quiet=not ranks.is_main),
+        progress=progress,
         ranks=ranks,
     )
+    if not ranks.is_main:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        progress.note(f"{stage}: {CURVES} is left out: matplotlib is not installed (pip install 'qforge[bench]')")
+        return
+    from benchmarks.curves import draw_training
+
+    draw_training([folder], folder / CURVES)
 
 
 @lru_cache(maxsize=1)
@@ -216,11 +229,14 @@ def measure(
     )
 
 
-def write_report(bundles: Sequence[Path], out: Path, folder: Path) -> None:
-    """The benchmark's files, with the way on in front."""
+def write_report(bundles: Sequence[Path], checkpoints: Sequence[Path], out: Path, folder: Path) -> None:
+    """The benchmark's files, with the way on in front; `checkpoints` are those of the stages, in order."""
+    from benchmarks.curves import draw_training
+
     shutil.copytree(out / "steps/bench", folder, dirs_exist_ok=True)
+    draw_training(checkpoints, folder / CURVES)
     measured = (folder / "report.md").read_text(encoding="utf-8")
-    (folder / "report.md").write_text(report_text(measured, bundles, out), encoding="utf-8")
+    (folder / "report.md").write_text(report_text(measured, bundles, checkpoints, out), encoding="utf-8")
 
 
 def failures_of(out: Path) -> list[str]:
