@@ -129,9 +129,9 @@ def stage1_lines(model: Blip2, config: Stage1Config) -> dict[str, LossLines]:
     lines = {
         "itc": contrast_lines(config.batch_size, config.label_smoothing).weighted(config.itc_weight),
         "itm": matching_lines().weighted(config.itm_weight),
-        "itg": generation_lines(
-            model.bridge.embeddings.word_embeddings.num_embeddings, config.label_smoothing
-        ).weighted(config.itg_weight),
+        "itg": generation_lines(words.word_embeddings.num_embeddings, config.label_smoothing).weighted(
+            config.itg_weight
+        ),
     }
     return {name: line for name, line in lines.items() if line.chance}
 

@@ -12,12 +12,13 @@ from PIL import Image
 
 from runtime.errors import BackendUnavailable
 from runtime.progress import Progress
-from trainer import fit, train
+from trainer import train
 from trainer.config import ModelConfig, Stage1Config, Stage2Config, StageConfig
 from trainer.data import FeatureStore, ResolvedData
 from trainer.logs.journal import read_journal
 from trainer.plans import StageName
 from trainer.ranks import Ranks
+from trainer.stepper import Stepper
 
 SHORT = dict(steps=12, batch_size=8, warmup_steps=2, eval_every=6, eval_items=8, save_every=5, log_every=2)
 VARYING = ("speed", "memory", "peak_per_second")
@@ -60,19 +61,20 @@ class Killed(BaseException):
 def test_a_resumed_run_logs_what_a_whole_one_logs(model_config, data, tmp_path, monkeypatch) -> None:
     config = Stage1Config(**SHORT, tensorboard=True)
     whole = train_one("stage1", config, model_config, data, tmp_path / "whole")
-    update, seen = fit._update, []
+    step, seen = Stepper.step, []
 
-    def dying(model, optimiser, loss, step, config):
-        seen.append(step)
-        if len(seen) == 9:
+    def dying(self, number, indices, draws):
+        if len(seen) == 8:
             raise Killed
-        return update(model, optimiser, loss, step, config)
+        seen.append(number)
+        return step(self, number, indices, draws)
 
-    monkeypatch.setattr(fit, "_update", dying)
+    monkeypatch.setattr(Stepper, "step", dying)
     with pytest.raises(Killed):
         train_one("stage1", config, model_config, data, tmp_path / "cut")
     left = read_journal(tmp_path / ".cut.log" / "training.jsonl")
     assert left[-1]["step"] == 8, "the killed run had logged beyond its resume point"
+    monkeypatch.setattr(Stepper, "step", step)
     cut = train_one("stage1", config, model_config, data, tmp_path / "cut")
     assert fixed(cut / "training.jsonl") == fixed(whole / "training.jsonl")
     assert json.loads((cut / "metrics.json").read_text()) == json.loads((whole / "metrics.json").read_text())
