@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def write_log(
 ) -> Path:
     """A checkpoint folder that holds a log and nothing else."""
     with Journal(folder / "training.jsonl", 0) as journal:
-        told = {name: asdict(of) for name, of in lines.items()}
+        told = {name: of.numbers() for name, of in lines.items()}
         journal.write("run", 0, {"stage": stage, "steps": steps, "batch_size": 64, "lines": told})
         for step in range(1, steps + 1):
             facts = {"losses": losses(step), "learning_rates": [1e-3 * step, 1e-3 * step], "gradient_norm": 1.0 / step}

@@ -33,6 +33,11 @@ class LossLines:
     hint: str = ""
     """What a loss that is stuck means, and what to try."""
 
+    def numbers(self) -> dict[str, float]:
+        """Those there are, by name."""
+        found = {"chance": self.chance, "prior": self.prior, "stuck": self.stuck, "floor": self.floor}
+        return {name: value for name, value in found.items() if value is not None}
+
     def weighted(self, weight: float) -> "LossLines":
         """The lines of the loss times `weight`."""
         return LossLines(

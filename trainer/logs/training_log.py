@@ -163,7 +163,7 @@ class TrainingLog(Watcher):
             "precision": self._config.precision,
             "processes": self._processes,
             "device": torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu",
-            "lines": {name: asdict(lines) for name, lines in self._lines.items()},
+            "lines": {name: lines.numbers() for name, lines in self._lines.items()},
         }
 
     def _stop_counting(self, step: int) -> None:
