@@ -51,10 +51,10 @@ class Plan:
     """What is trained on; a step draws from the first."""
     evaluate: Callable[[Blip2], dict[str, float]]
     """Held-out metrics; every process calls it."""
-    lines: Mapping[str, LossLines]
-    """Chance and floor of the losses, by the names the objective shows them with; `loss` is the sum."""
     state: Mapping[str, Stateful] = field(default_factory=dict)
     """What a resume point holds beside weights and optimiser (a momentum encoder and its queue), by name."""
+    lines: Mapping[str, LossLines] = field(default_factory=dict)
+    """Chance and floor of the losses, by the names the objective shows them with; `loss` is the sum."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _stage2(given: Ingredients, config: StageConfig) -> Plan:
         CaptionObjective(captions),
         (captions,),
         lambda model: _captions(model, described[: config.eval_items]),
-        speaking_lines(given.model),
+        lines=speaking_lines(given.model),
     )
 
 
@@ -119,21 +119,21 @@ def _vqa(given: Ingredients, config: StageConfig) -> Plan:
         return {"vqa_accuracy": answers["accuracy"], **_captions(model, described[: config.eval_items])}
 
     objective = VqaObjective(questions, captions, config.caption_fraction)
-    return Plan(objective, (questions, captions), both, speaking_lines(given.model))
+    return Plan(objective, (questions, captions), both, lines=speaking_lines(given.model))
 
 
 def stage1_lines(model: Blip2, config: Stage1Config) -> dict[str, LossLines]:
-    """Of the three losses as they are shown: times their weights; those that are switched off have none."""
+    """Of the losses that are not switched off, without their weights, as they are shown."""
     words = model.bridge.embeddings
     assert words is not None, "stage 1 needs the text part"
-    lines = {
-        "itc": contrast_lines(config.batch_size, config.label_smoothing).weighted(config.itc_weight),
-        "itm": matching_lines().weighted(config.itm_weight),
-        "itg": generation_lines(words.word_embeddings.num_embeddings, config.label_smoothing).weighted(
-            config.itg_weight
-        ),
-    }
-    return {name: line for name, line in lines.items() if line.chance}
+    lines = {}
+    if config.itc_weight:
+        lines["itc"] = contrast_lines(config.batch_size + config.itc_queue, config.label_smoothing)
+    if config.itm_weight:
+        lines["itm"] = matching_lines()
+    if config.itg_weight:
+        lines["itg"] = generation_lines(words.word_embeddings.num_embeddings, config.label_smoothing)
+    return lines
 
 
 def speaking_lines(model: Blip2) -> dict[str, LossLines]:

@@ -38,16 +38,6 @@ class LossLines:
         found = {"chance": self.chance, "prior": self.prior, "stuck": self.stuck, "floor": self.floor}
         return {name: value for name, value in found.items() if value is not None}
 
-    def weighted(self, weight: float) -> "LossLines":
-        """The lines of the loss times `weight`."""
-        return LossLines(
-            self.chance * weight,
-            self.floor * weight,
-            None if self.stuck is None else self.stuck * weight,
-            None if self.prior is None else self.prior * weight,
-            self.hint,
-        )
-
 
 def contrast_lines(candidates: int, smoothing: float) -> LossLines:
     """ITC with `candidates` to choose from: the global batch, and the queue where there is one."""

@@ -1,12 +1,10 @@
 """Chance and floor lines equal the published table and what the losses themselves give at chance and at their best."""
 
-import math
-
 import pytest
 import torch
 from torch.nn import functional as F
 
-from trainer.logs.lines import contrast_lines, generation_lines, language_lines, matching_lines
+from trainer.logs.lines import contrast_lines, generation_lines, matching_lines
 from trainer.losses import itc_loss, text_loss
 
 
@@ -50,11 +48,3 @@ def test_matching_prior_is_the_best_answer_without_looking() -> None:
     labels = torch.tensor([1, 0, 0])
     blind = torch.tensor([2 / 3, 1 / 3]).log().expand(3, 2)
     assert float(F.cross_entropy(blind, labels)) == pytest.approx(matching_lines().prior)
-
-
-def test_weights_scale_every_line() -> None:
-    halved = matching_lines().weighted(0.5)
-    assert halved.chance == pytest.approx(math.log(2) / 2)
-    assert halved.prior == pytest.approx(matching_lines().prior / 2)
-    assert halved.stuck == pytest.approx(matching_lines().stuck / 2)
-    assert language_lines(100).weighted(2).stuck is None
