@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from trainer.logs.lines import contrast_lines, generation_lines, matching_lines
-from trainer.losses import itc_loss, text_loss
+from trainer.losses import generation_loss, itc_loss
 
 
 @pytest.mark.parametrize(
@@ -31,17 +31,16 @@ def test_generation_and_matching_lines_are_those_of_the_reference() -> None:
 def test_lines_are_what_the_losses_give(smoothing: float) -> None:
     """Equal logits give chance; no logits beat those equal to the logarithm of the smoothed targets."""
     pairs, lines = 12, contrast_lines(12, smoothing)
-    own = torch.eye(pairs, dtype=torch.bool)
-    assert float(itc_loss(torch.zeros(pairs, pairs), own, smoothing)) == pytest.approx(lines.chance, rel=1e-5)
+    own, equal = torch.eye(pairs, dtype=torch.bool), torch.zeros(pairs, pairs)
+    assert float(itc_loss(equal, equal, own, smoothing)) == pytest.approx(lines.chance, rel=1e-5)
     best = ((1 - smoothing) * own + smoothing / pairs).clamp_min(1e-30).log()
-    assert float(itc_loss(best, own, smoothing)) == pytest.approx(lines.floor, rel=1e-5, abs=1e-6)
-    words = generation_lines(20, smoothing)
-    labels = torch.randint(20, (3, 7), generator=torch.Generator().manual_seed(0))
-    assert float(text_loss(torch.zeros(3, 7, 20), labels, smoothing)) == pytest.approx(words.chance, rel=1e-5)
-    said = F.one_hot(labels[:, 1:], 20)
-    best = ((1 - smoothing) * said + smoothing / 20).clamp_min(1e-30).log()
-    logits = torch.cat([best, torch.zeros(3, 1, 20)], 1)
-    assert float(text_loss(logits, labels, smoothing)) == pytest.approx(words.floor, rel=1e-5, abs=1e-6)
+    assert float(itc_loss(best, best, own, smoothing)) == pytest.approx(lines.floor, rel=1e-5, abs=1e-6)
+    words, tokens = generation_lines(20, smoothing), torch.tensor(30.0)
+    said = torch.randint(20, (30,), generator=torch.Generator().manual_seed(0))
+    assert float(generation_loss(torch.zeros(30, 20), said, smoothing, tokens)) == pytest.approx(words.chance, rel=1e-5)
+    best = ((1 - smoothing) * F.one_hot(said, 20) + smoothing / 20).clamp_min(1e-30).log()
+    found = float(generation_loss(best, said, smoothing, tokens))
+    assert found == pytest.approx(words.floor, rel=1e-5, abs=1e-6)
 
 
 def test_matching_prior_is_the_best_answer_without_looking() -> None:

@@ -133,7 +133,7 @@ def test_tensorboard_that_is_not_installed_names_the_extra(model_config, data, t
         train_one("stage2", Stage2Config(**SHORT, tensorboard=True), model_config, data, tmp_path / "out")
 
 
-COLLAPSED = dict(steps=130, batch_size=8, eval_every=1_000, eval_items=4, save_every=1_000, log_every=5, warmup_steps=5)
+COLLAPSED = dict(steps=80, batch_size=8, eval_every=1_000, eval_items=4, save_every=1_000, log_every=5, warmup_steps=5)
 
 
 def test_a_run_that_cannot_learn_alarms(model_config, data, tmp_path, capsys) -> None:
