@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from qforge.recipe import Recipe
 from runtime.errors import BackendUnavailable
 from runtime.progress import Progress
 from trainer import train
 from trainer.config import ModelConfig, Stage1Config, Stage2Config, StageConfig
 from trainer.data import FeatureStore, ResolvedData
 from trainer.logs.journal import read_journal
-from trainer.plans import StageName
+from trainer.plans import STAGES, StageName
 from trainer.ranks import Ranks
 from trainer.stepper import Stepper
 
@@ -117,6 +118,27 @@ def test_a_step_says_how_fast_it_was(model_config, data, tmp_path) -> None:
     assert len(last["learning_rates"]) >= 1
     assert last["gradient_norm"] > 0
     assert last["memory"]["resident_mib"] > 50
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_knows_the_lines_of_what_it_shows(stage, model_config, data, tmp_path) -> None:
+    short = dict(steps=1, batch_size=8, eval_items=2, precision="fp32")
+    config = getattr(Recipe(), stage).model_copy(update=short)
+    out = train_one(stage, config, model_config, data, tmp_path / "out")
+    head, *records = read_journal(out / "training.jsonl")
+    assert head["lines"].keys() <= next(r for r in records if r["kind"] == "step")["losses"].keys()
+    assert head["lines"]
+
+
+def test_images_that_cannot_be_read_are_told_of(model_config, data, world, tmp_path) -> None:
+    copy = tmp_path / "world"
+    shutil.copytree(world, copy)
+    (copy / "images" / "train-00003.png").write_bytes(b"not a picture")
+    damaged = replace(data, captions_train=copy / data.captions_train.name)
+    out = train_one("stage1", Stage1Config(**SHORT), model_config, damaged, tmp_path / "out")
+    last = read_journal(out / "training.jsonl")[-1]
+    assert (last["event"], last["step"]) == ("broken_images", 12)
+    assert [Path(path).name for path in last["images"]] == ["train-00003.png"]
 
 
 def test_tensorboard_that_is_not_installed_names_the_extra(model_config, data, tmp_path, monkeypatch) -> None:
