@@ -119,7 +119,8 @@ def _draw_held_out(axis: Any, log: list[Record], losses: Sequence[str]) -> None:
         axis.plot(*zip(*series, strict=True), "o-", color=colour, markersize=4, linewidth=1.4, label=label)
     if names:
         axis.legend(loc="best", fontsize=7.5, framealpha=0.8, edgecolor="none")
-        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+        if axis.dataLim.ymin >= 0:
+            axis.set_ylim(0, max(axis.get_ylim()[1], 0.1))
     else:
         axis.text(0.5, 0.5, "not measured yet", transform=axis.transAxes, ha="center", color=FAINT, fontsize=8.5)
 
