@@ -14,10 +14,9 @@ from qforge.recipe import Recipe
 from runtime.errors import BackendUnavailable
 from runtime.progress import Progress
 from trainer import train
-from trainer.config import ModelConfig, Stage1Config, Stage2Config, StageConfig
+from trainer.config import STAGES, ModelConfig, Stage1Config, Stage2Config, StageConfig, StageName
 from trainer.data import FeatureStore, ResolvedData
 from trainer.logs.journal import read_journal
-from trainer.plans import STAGES, StageName
 from trainer.ranks import Ranks
 from trainer.stepper import Stepper
 
