@@ -1,17 +1,16 @@
-"""Pictures for the report: test images beside every answer, and where the time goes. The only file with matplotlib.
+"""Pictures for the report: test images beside every answer, and where the time goes.
 
 The images are evenly spaced over the test set, not chosen by result.
 """
 
 import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figure import FAINT, INK, new_figure, save
 from benchmarks.items import PLURAL, Scored, Task, Tasks, spread
 from runtime.dataset import Row
-from runtime.errors import require
 from runtime.preprocess import load_image
 from runtime.stopwatch import PHASES
 
@@ -23,9 +22,8 @@ WRAP = 48
 """Characters of an answer per line."""
 LABEL = 15
 """Characters of a pipeline's name."""
-DPI = 130
 
-INK, FAINT, RIGHT, WRONG = "#1f2430", "#7a8194", "#1a7f4b", "#b3261e"
+RIGHT, WRONG = "#1a7f4b", "#b3261e"
 PHASE_COLOURS = dict(zip(PHASES, ("#9aa1b2", "#0072b2", "#56b4e9", "#009e73", "#e69f00"), strict=True))
 """Okabe and Ito's palette, which colour-blind readers can tell apart."""
 
@@ -38,7 +36,7 @@ def draw_answers(tasks: Tasks, scored: Mapping[Task, Mapping[str, Scored]], coun
     cards = [_card(row, tasks, scored) for row in _shown(tasks, count)]
     pairs = [cards[start : start + COLUMNS] for start in range(0, len(cards), COLUMNS)]
     heights = [max(2.2, LINE_IN * max(len(lines) for _, lines in pair) + 0.2) for pair in pairs]
-    figure = _new_figure(CARD_WIDTH_IN * COLUMNS, sum(heights))
+    figure = new_figure(CARD_WIDTH_IN * COLUMNS, sum(heights))
     grid = figure.add_gridspec(len(pairs), COLUMNS * 2, height_ratios=heights, width_ratios=[1, 2.15] * COLUMNS)
     figure.subplots_adjust(left=0.01, right=0.995, top=0.99, bottom=0.01, wspace=0.03, hspace=0.06)
     for number, (row, lines) in enumerate(cards):
@@ -51,7 +49,7 @@ def draw_answers(tasks: Tasks, scored: Mapping[Task, Mapping[str, Scored]], coun
         for spine in picture.spines.values():
             spine.set_color("#d5d9e2")
         _write_lines(figure.add_subplot(grid[place[0], place[1] + 1]), lines, heights[place[0]])
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_latency(result: Mapping[str, Any], path: Path) -> None:
@@ -60,7 +58,7 @@ def draw_latency(result: Mapping[str, Any], path: Path) -> None:
     tasks = list(dict.fromkeys(case["task"] for case in result["latency"]))
     bars = {task: _bars(result, task, smallest) for task in tasks}
     rows = max(len(of) for of in bars.values())
-    figure = _new_figure(CARD_WIDTH_IN * len(tasks), 0.42 * rows + 1.35)
+    figure = new_figure(CARD_WIDTH_IN * len(tasks), 0.42 * rows + 1.35)
     axes = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axis, (task, of_task) in zip(axes, bars.items(), strict=True):
         for height, (_, phases_ms, total_ms) in enumerate(of_task):
@@ -80,19 +78,7 @@ def draw_latency(result: Mapping[str, Any], path: Path) -> None:
     handles = [axes[0].barh(0, 0, color=colour) for colour in PHASE_COLOURS.values()]
     figure.legend(handles, list(PHASE_COLOURS), loc="lower center", ncols=len(PHASES), frameon=False, fontsize=8.5)
     figure.tight_layout(rect=(0, 0.09, 1, 1))
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # letters the font lacks become boxes
-        figure.savefig(path, dpi=DPI, facecolor="white")
-
-
-def _new_figure(width_in: float, height_in: float) -> Any:
-    """A figure of its own: no display, no global state."""
-    figure = require("matplotlib.figure", extra="bench", why="The report's picture")
-    return figure.Figure(figsize=(width_in, height_in))
+    save(figure, path)
 
 
 def _shown(tasks: Tasks, count: int) -> list[Row]:

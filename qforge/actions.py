@@ -5,6 +5,7 @@ for it.
 """
 
 import contextlib
+import importlib.util
 import json
 import shutil
 import sys
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from export.config import ExportConfig
 from qforge.recipe import Recipe
-from qforge.report import report_text
+from qforge.report import CURVES, report_text
 from runtime.dataset import read_manifest
 from runtime.errors import CheckFailed, MissingFile, require
 from runtime.files import sha256_of, write_json_atomic
@@ -143,7 +144,8 @@ def train_stage(
 ) -> None:
     """Train one stage from the checkpoint `init`, or go on with what an interrupted call left in `folder`.
 
-    An image encoder that an earlier stage of this run trained takes the place of the recipe's.
+    An image encoder that an earlier stage of this run trained takes the place of the recipe's. Its
+    curves are drawn beside it where matplotlib is installed.
     """
     require("torch", extra="train", why="Training")
     from trainer.checkpoint import with_trained_halves
@@ -156,6 +158,7 @@ def train_stage(
     if init is not None and out in init.parents:
         model = with_trained_halves(model, init)
     size = config.adapted(model).image_size
+    progress = Progress(quiet=not ranks.is_main)
     run_stage(
         stage,
         model=model,
@@ -166,9 +169,17 @@ def train_stage(
         out=folder,
         recipe_yaml=recipe.to_yaml(),
         store=_features(model.vision, model.vision_layer, size, out, recipe.data.features),
-        progress=Progress(quiet=not ranks.is_main),
+        progress=progress,
         ranks=ranks,
     )
+    if not ranks.is_main:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        progress.note(f"{stage}: {CURVES} is left out: matplotlib is not installed (pip install 'qforge[bench]')")
+        return
+    from benchmarks.curves import draw_training
+
+    draw_training([folder], folder / CURVES)
 
 
 @lru_cache(maxsize=1)
@@ -253,11 +264,14 @@ def measure(
     )
 
 
-def write_report(bundles: Sequence[Path], out: Path, folder: Path) -> None:
-    """The benchmark's files, with the way on in front."""
+def write_report(bundles: Sequence[Path], checkpoints: Sequence[Path], out: Path, folder: Path) -> None:
+    """The benchmark's files, with the way on in front; `checkpoints` are those of the stages, in order."""
+    from benchmarks.curves import draw_training
+
     shutil.copytree(out / "steps/bench", folder, dirs_exist_ok=True)
+    draw_training(checkpoints, folder / CURVES)
     measured = (folder / "report.md").read_text(encoding="utf-8")
-    (folder / "report.md").write_text(report_text(measured, bundles, out), encoding="utf-8")
+    (folder / "report.md").write_text(report_text(measured, bundles, checkpoints, out), encoding="utf-8")
 
 
 def failures_of(out: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """`qforge run`: one recipe from image-text pairs to a report, as a table of steps (qforge/steps.py does each once).
 
-OUT/checkpoint/    the trained model              OUT/report/       report.md, result.json, answers.png
+OUT/checkpoint/    the trained model              OUT/report/       report.md, result.json, pictures
 OUT/bundle-fp32/   OUT/bundle-int8/               OUT/recipe.yaml   resolved
 OUT/data/          the demo world, or what was found in the user's own data
 OUT/work           what lies between
@@ -214,7 +214,7 @@ def steps_of(
             name="report",
             does="writing the report",
             output="report",
-            action=partial(actions.write_report, bundles, out),
+            action=partial(actions.write_report, bundles, [out / stage_folder(recipe, stage) for stage in stages], out),
             after=("verify", "bench"),
             code=FACE,
         ),

@@ -33,6 +33,9 @@ LIBRARIES = ("numpy", "pillow", "tokenizers", "torch", "transformers", "accelera
 """Their versions count as code: after an upgrade the results are made again."""
 _NO_WORK = ""
 """Told in place of a folder when a step is up to date."""
+NO_RESULTS = ("resume", "training.jsonl", "training.png", "tensorboard")
+"""Files and folders of a step that tell how it was made, times included: with the same inputs the results are the same
+bits, and these are not."""
 ORPHANS_S = 10.0
 """Longest wait (seconds) for the helper processes of a killed run to notice and let go of the folder."""
 
@@ -260,9 +263,9 @@ def _alive(pid: str) -> bool:
 
 
 def _output_hashes(folder: Path) -> dict[str, str]:
-    """Hashes of the results; `resume/` is for the trainer alone and no result."""
+    """Hashes of the results; what tells of the way there alone is none."""
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return {path.as_posix(): sha256_of(folder / path) for path in files if path.parts[0] != "resume"}
+    return {path.as_posix(): sha256_of(folder / path) for path in files if path.parts[0] not in NO_RESULTS}
 
 
 def _link_or_copy(source: str, target: str) -> None:

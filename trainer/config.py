@@ -308,6 +308,10 @@ class StageConfig(Settings):
     """Held-out items per measurement."""
     save_every: PositiveInt = 1_000
     """Steps between resume points."""
+    log_every: PositiveInt = 10
+    """Steps between lines of training.jsonl (the first and the last step have one too)."""
+    tensorboard: bool = False
+    """Write the log's numbers for TensorBoard too, into `tensorboard/` of the checkpoint."""
     warmup_learning_rate: NonNegativeFloat = 0.0
     """Rate that warm-up begins with."""
     projection_rate: PositiveFloat = 1.0

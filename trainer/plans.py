@@ -19,6 +19,7 @@ from trainer.data import FeatureSource, ImageRows, ResolvedData
 from trainer.demo_world import scorers_for
 from trainer.draws import StepDraws
 from trainer.generate import EagerPipeline
+from trainer.logs.lines import LossLines, contrast_lines, generation_lines, language_lines, matching_lines
 from trainer.momentum import MomentumEncoder
 from trainer.ranks import Ranks
 from trainer.reranking import reranked_recall
@@ -51,6 +52,8 @@ class Plan:
     """Held-out metrics; every process calls it."""
     state: Mapping[str, Stateful] = field(default_factory=dict)
     """What a resume point holds beside weights and optimiser (a momentum encoder and its queue), by name."""
+    lines: Mapping[str, LossLines] = field(default_factory=dict)
+    """Chance and floor of the losses, by the names the objective shows them with; `loss` is the sum."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def _stage1(given: Ingredients, config: StageConfig) -> Plan:
         momentum = MomentumEncoder(given.model.bridge, config.itc_momentum, config.itc_queue)
     objective = Stage1(config, captions, given.with_images(described[: config.eval_items]), momentum)
     state: dict[str, Stateful] = {} if momentum is None else {"momentum": momentum}
-    return Plan(objective, (captions,), objective.evaluate, state)
+    return Plan(objective, (captions,), objective.evaluate, state, stage1_lines(given.model, config))
 
 
 def _stage2(given: Ingredients, config: StageConfig) -> Plan:
@@ -99,13 +102,15 @@ def _stage2(given: Ingredients, config: StageConfig) -> Plan:
         given.model.bridge.need("text", "contrast", "temperature")
     caption_rows, described = given.data.captions()
     captions, watched = given.with_images(caption_rows), described[: config.eval_items]
-    return Plan(Stage2(config, captions), (captions,), lambda model: _captions(model, watched))
+    lines = stage2_lines(given.model, config)
+    return Plan(Stage2(config, captions), (captions,), lambda model: _captions(model, watched), lines=lines)
 
 
 def _caption(given: Ingredients, config: StageConfig) -> Plan:
     caption_rows, described = given.data.captions()
     captions, watched = given.with_images(caption_rows), described[: config.eval_items]
-    return Plan(CaptionObjective(captions), (captions,), lambda model: _captions(model, watched))
+    lines = speaking_lines(given.model)
+    return Plan(CaptionObjective(captions), (captions,), lambda model: _captions(model, watched), lines=lines)
 
 
 def _vqa(given: Ingredients, config: StageConfig) -> Plan:
@@ -124,7 +129,7 @@ def _vqa(given: Ingredients, config: StageConfig) -> Plan:
         return {"vqa_accuracy": answers["accuracy"], **captioned}
 
     objective = VqaObjective(questions, captions, config.caption_fraction, config.dialogue_tokens)
-    return Plan(objective, (questions, captions), both)
+    return Plan(objective, (questions, captions), both, lines=speaking_lines(given.model))
 
 
 def _retrieval(given: Ingredients, config: StageConfig) -> Plan:
@@ -138,6 +143,33 @@ def _retrieval(given: Ingredients, config: StageConfig) -> Plan:
         return {**plan.evaluate(model), **found}
 
     return replace(plan, evaluate=both)
+
+
+def stage1_lines(model: Blip2, config: Stage1Config) -> dict[str, LossLines]:
+    """Of the losses that are not switched off, without their weights, as they are shown."""
+    words = model.bridge.embeddings
+    assert words is not None, "stage 1 needs the text part"
+    lines = {}
+    if config.itc_weight:
+        lines["itc"] = contrast_lines(config.batch_size + config.itc_queue, config.label_smoothing)
+    if config.itm_weight:
+        lines["itm"] = matching_lines()
+    if config.itg_weight:
+        lines["itg"] = generation_lines(words.word_embeddings.num_embeddings, config.label_smoothing)
+    return lines
+
+
+def speaking_lines(model: Blip2) -> dict[str, LossLines]:
+    """Of the language model's loss."""
+    return {"loss": language_lines(model.language_model.get_output_embeddings().weight.shape[0])}
+
+
+def stage2_lines(model: Blip2, config: Stage2Config) -> dict[str, LossLines]:
+    """Of the language model's loss, and of the contrast beside it where that has a weight."""
+    (said,) = speaking_lines(model).values()
+    if not config.itc_weight:
+        return {"loss": said}
+    return {"lm": said, "itc": contrast_lines(config.batch_size // config.accumulation, config.label_smoothing)}
 
 
 def _captions(model: Blip2, rows: list[Row]) -> dict[str, float]:

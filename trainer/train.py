@@ -17,6 +17,7 @@ from trainer.checkpoint import load_bridge, read_config, require_halves, write_c
 from trainer.config import ModelConfig, StageConfig, StageName
 from trainer.data import FeatureSource, ResolvedData
 from trainer.fit import Fit
+from trainer.logs.training_log import TrainingLog
 from trainer.plans import STAGE_KINDS, Ingredients
 from trainer.ranks import Ranks
 from trainer.shard import spread, whole
@@ -62,6 +63,15 @@ def run_stage(
     spread(stage, blip2, config, ranks)
     plan = kind.plan(Ingredients(blip2, data, store, progress, ranks), config)
     partial = out.with_name(f".{out.name}.partial")
+    log = TrainingLog(
+        out.with_name(f".{out.name}.log"),
+        stage=stage,
+        config=config,
+        lines=plan.lines,
+        device=ranks.device,
+        processes=ranks.count,
+        progress=progress,
+    )
     settings = {"seed": seed, "model": model.model_dump(mode="json"), stage: config.model_dump(mode="json")}
     history = Fit(
         stage,
@@ -74,12 +84,12 @@ def run_stage(
         recipe_yaml=recipe_yaml,
         ranks=ranks,
         progress=progress,
-        watchers=watchers,
+        watchers=[*watchers, log] if ranks.is_main else watchers,
     ).run()
     found = ranks.collect({path: why for rows in plan.rows for path, why in rows.broken().items()})
     broken = {path: why for of_process in found for path, why in of_process.items()}
     cut, left_out = sum(rows.cut_texts for rows in plan.rows), sum(rows.left_out for rows in plan.rows)
-    metrics: dict[str, Any] = {"stage": stage, "held_out": history, "broken_images": broken}
+    metrics: dict[str, Any] = {"stage": stage, "held_out": history, "broken_images": broken, "alarms": log.alarms()}
     metrics |= {"cut_texts": cut, "left_out": left_out}
     if features := _together(ranks.collect(store.statistics())):
         metrics["features"] = features
@@ -88,6 +98,8 @@ def run_stage(
         if ranks.is_main:
             with atomic_folder(out) as folder:
                 write_checkpoint(blip2, folder, stage=stage, metrics=metrics, recipe_yaml=recipe_yaml)
+                log.publish(folder, broken)
+            log.remove()
             shutil.rmtree(partial, ignore_errors=True)
     ranks.barrier()
     if broken:

@@ -1,6 +1,6 @@
 """Tiny honest pipelines and rows: they really answer, from a rule one can follow by hand."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,8 @@ from runtime.answers import Answer, Answerer, Request
 from runtime.dataset import Row
 from runtime.decoding import GREEDY, Decoding
 from runtime.stopwatch import PHASES
+from trainer.logs.journal import Journal
+from trainer.logs.lines import LossLines
 
 WORDS = ["red", "green", "blue", "yes", "no", "a", "circle"]
 
@@ -69,3 +71,29 @@ def colour_images(folder: Path) -> list[Path]:
     paths.append(folder / "red-again.png")
     paths[-1].write_bytes(paths[0].read_bytes())
     return paths
+
+
+SPEED: dict[str, float] = {"samples_per_s": 40.0, "data_wait_share": 0.125, "model_flop_utilisation": 0.5}
+
+
+def write_log(
+    folder: Path,
+    stage: str,
+    lines: Mapping[str, LossLines],
+    losses: Callable[[int], dict[str, float]],
+    *,
+    steps: int = 40,
+    alarm: str | None = None,
+) -> Path:
+    """A checkpoint folder that holds a log and nothing else."""
+    with Journal(folder / "training.jsonl", 0) as journal:
+        told = {name: of.numbers() for name, of in lines.items()}
+        journal.write("run", 0, {"stage": stage, "steps": steps, "batch_size": 64, "lines": told})
+        for step in range(1, steps + 1):
+            facts = {"losses": losses(step), "learning_rates": [1e-3 * step, 1e-3 * step], "gradient_norm": 1.0 / step}
+            journal.write("step", step, {**facts, "speed": SPEED if step > 1 else dict.fromkeys(SPEED)})
+        for step in (20, 40):
+            journal.write("held_out", step, {"metrics": {"itm_accuracy": step / 80, "itc_loss": 4 - step / 40}})
+        if alarm is not None:
+            journal.write("event", 30, {"event": "alarm", "alarm": alarm, "text": "…"})
+    return folder

@@ -7,8 +7,9 @@ from PIL import Image
 
 from benchmarks import picture
 from benchmarks.accuracy import answer_tasks
+from benchmarks.figure import DPI, INK
 from benchmarks.items import Scored, Task, Tasks
-from benchmarks.picture import COLUMNS, DPI, INK, RIGHT, WRONG, draw_answers
+from benchmarks.picture import COLUMNS, RIGHT, WRONG, draw_answers
 from runtime.progress import Progress
 from tests.benchmarks.stand_ins import Parrot, caption_row, colour_images, contestant, question_row
 

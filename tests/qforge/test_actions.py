@@ -10,6 +10,7 @@ from qforge.actions import failures_of, fingerprint_data, fingerprint_sources, p
 from qforge.recipe import Recipe, parse_recipe
 from runtime.errors import DataError, ImageError, MissingFile
 from runtime.files import write_json_atomic
+from tests.benchmarks.stand_ins import write_log
 from trainer.config import ModelConfig
 from trainer.data import resolve
 
@@ -109,12 +110,19 @@ def test_the_report_has_the_measurement_and_the_way_on(tmp_path: Path) -> None:
     (tmp_path / "steps/bench/answers.png").write_bytes(b"png")
     write_json_atomic(tmp_path / ".steps/stage1.json", {"inputs": {}, "outputs": {}, "seconds": 12.34})
     (tmp_path / "report").mkdir()
+    stage = write_log(tmp_path / "checkpoint", "stage1", {}, lambda step: {"loss": 1.0 / step})
+    alarm = {"kind": "loss_rising", "step": 40, "text": "the loss rose: lower learning_rate"}
+    write_json_atomic(stage / "metrics.json", {"stage": "stage1", "alarms": [alarm]})
 
-    write_report([tmp_path / "bundle-int8"], tmp_path, tmp_path / "report")
+    write_report([tmp_path / "bundle-int8"], [stage], tmp_path, tmp_path / "report")
 
     text = (tmp_path / "report/report.md").read_text()
     assert "## Measured" in text
     assert f"qforge vqa {tmp_path}/bundle-int8" in text
     assert "| stage1 | 12.3 |" in text
     assert (tmp_path / "report/answers.png").read_bytes() == b"png"
+    assert "(training.png)" in text
+    assert "- stage1, step 40: the loss rose: lower learning_rate." in text
+    with Image.open(tmp_path / "report/training.png") as picture:
+        assert picture.format == "PNG"
     assert failures_of(tmp_path) == ["int8: vqa: lost too much"]

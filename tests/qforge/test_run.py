@@ -121,6 +121,7 @@ class Line:
         self.settings: dict[str, dict[str, int]] = {"one": {"a": 1}, "two": {"b": 1}}
         self.files: dict[str, str] = {}
         self.content = "one"
+        self.took = "1.5 s"
 
     def run(self) -> list[Done]:
         self.made.clear()
@@ -135,6 +136,7 @@ class Line:
             self.made.append(name)
             (folder / "sub").mkdir()
             (folder / "sub" / "file").write_text(self.content if name == "one" else "two")
+            (folder / "training.jsonl").write_text(self.took)
 
         return action
 
@@ -191,6 +193,18 @@ def test_a_file_added_to_an_output_stays(line: Line) -> None:
     line.run()
     assert line.made == []
     assert added.exists()
+
+
+def test_how_a_step_was_made_is_no_result(line: Line) -> None:
+    """Logs hold times, which no two trainings share: what reads the weights need not be done again for them."""
+    line.files = {"image.png": "changed"}
+    line.took = "2.5 s"
+    line.run()
+    assert line.made == ["one"]
+    assert (line.out / "one/training.jsonl").read_text() == "2.5 s"
+    (line.out / "one/training.png").write_bytes(b"drawn anew")
+    line.run()
+    assert line.made == []
 
 
 def test_another_library_version_redoes_everything(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
