@@ -24,7 +24,7 @@ from runtime.packed import piece_of
 from runtime.precision import Precision
 from runtime.preprocess import load_image
 from runtime.progress import Progress
-from trainer.config import DEMO, DataConfig, ModelConfig
+from trainer.config import DEMO, ModelConfig, StageConfig, StageName
 from trainer.sources.check import LOOKED_THROUGH, look_at, sampled
 from trainer.sources.convert import as_manifest, files_behind
 from trainer.sources.rows import ManifestRows
@@ -32,7 +32,6 @@ from trainer.sources.source import Source, resolve_source
 
 if TYPE_CHECKING:
     from trainer.data import FeatureStore
-    from trainer.plans import StageName
 
 DATA_SETS = ("captions_train", "captions_val", "captions_test", "vqa_train", "vqa_val", "vqa_test")
 """Settings of the data section that name data sets."""
@@ -41,10 +40,14 @@ HASHED_BYTES = 64 * 2**20
 """Largest data file that counts by its content; a larger one counts by size and time, as images do."""
 
 
-def sources_of(data: DataConfig, out: Path) -> dict[str, tuple[Source, ...]]:
-    """Data sets by setting, as `trainer.data.resolve` has them, but without loading torch."""
+def sources_of(recipe: Recipe, out: Path) -> dict[str, tuple[Source, ...]]:
+    """Data sets by setting, as `trainer.data.resolve` has them, but without loading torch.
+
+    Questions are for a recipe that trains on them; without, none need be there.
+    """
+    data, asks = recipe.data, "vqa" in recipe.stages
     root = out / "data" if data.root is None else data.root
-    named = {setting: getattr(data, setting) for setting in DATA_SETS}
+    named = {setting: getattr(data, setting) for setting in DATA_SETS if asks or not setting.startswith("vqa_")}
     return {
         setting: tuple(resolve_source(config, root) for config in configs)
         for setting, configs in named.items()
@@ -52,9 +55,9 @@ def sources_of(data: DataConfig, out: Path) -> dict[str, tuple[Source, ...]]:
     }
 
 
-def manifests_of(data: DataConfig, out: Path) -> dict[str, Path]:
+def manifests_of(recipe: Recipe, out: Path) -> dict[str, Path]:
     """A manifest for each setting, for what reads all rows of it alike."""
-    return {setting: as_manifest(sources) for setting, sources in sources_of(data, out).items()}
+    return {setting: as_manifest(sources) for setting, sources in sources_of(recipe, out).items()}
 
 
 def fingerprint_data(recipe: Recipe, out: Path) -> dict[str, str]:
@@ -66,7 +69,7 @@ def fingerprint_data(recipe: Recipe, out: Path) -> dict[str, str]:
     if recipe.data.root is None:
         return {}
     found: dict[str, str] = {}
-    for source in {source for sources in sources_of(recipe.data, out).values() for source in sources}:
+    for source in {source for sources in sources_of(recipe, out).values() for source in sources}:
         found |= {str(file): _content(file) for file in files_behind(source)}
         rows = ManifestRows(as_manifest([source]))
         places = range(len(rows)) if len(rows) <= LOOKED_THROUGH else sampled(len(rows))
@@ -78,8 +81,8 @@ def fingerprint_data(recipe: Recipe, out: Path) -> dict[str, str]:
 
 def fingerprint_sources(model: ModelConfig) -> dict[str, str]:
     """Size and time of every file of halves that are local folders; the shipped ones count as code."""
-    sources = [source for source in (model.vision, model.language, model.text_tokenizer) if source is not None]
-    folders = [Path(source) for source in sources if source != DEMO]
+    sources = (model.vision, model.language, model.text_tokenizer, model.qformer_init)
+    folders = [Path(source) for source in sources if source not in (None, DEMO)]
     files = [file for folder in folders if folder.is_dir() for file in folder.rglob("*") if file.is_file()]
     return {str(file): _size_and_time(file) for file in files}
 
@@ -109,7 +112,7 @@ def prepare_data(recipe: Recipe, out: Path, folder: Path) -> None:
         write_demo_world(recipe.data.demo, folder, Progress())
         return
     reports: dict[str, list[dict[str, object]]] = {}
-    for setting, sources in sources_of(recipe.data, out).items():
+    for setting, sources in sources_of(recipe, out).items():
         reports[setting] = []
         for source in sources:
             report = look_at(source)
@@ -136,25 +139,33 @@ def build_halves(recipe: Recipe, folder: Path) -> None:
 
 
 def train_stage(
-    stage: "StageName", recipe: Recipe, model: ModelConfig, out: Path, init: Path | None, folder: Path
+    stage: StageName, recipe: Recipe, model: ModelConfig, out: Path, init: Path | None, folder: Path
 ) -> None:
-    """Train one stage from the checkpoint `init`, or go on with what an interrupted call left in `folder`."""
+    """Train one stage from the checkpoint `init`, or go on with what an interrupted call left in `folder`.
+
+    An image encoder that an earlier stage of this run trained takes the place of the recipe's.
+    """
     require("torch", extra="train", why="Training")
+    from trainer.checkpoint import with_trained_halves
     from trainer.data import resolve
     from trainer.ranks import join
     from trainer.train import run_stage
 
     ranks = join()
+    config: StageConfig = getattr(recipe, stage)
+    if init is not None and out in init.parents:
+        model = with_trained_halves(model, init)
+    size = config.adapted(model).image_size
     run_stage(
         stage,
         model=model,
         data=resolve(recipe.data, out / "data"),
-        config=getattr(recipe, stage),
+        config=config,
         seed=recipe.seed,
         init=init,
         out=folder,
         recipe_yaml=recipe.to_yaml(),
-        store=_features(model.vision, model.vision_layer, model.image_size, out),
+        store=_features(model.vision, model.vision_layer, size, out),
         progress=Progress(quiet=not ranks.is_main),
         ranks=ranks,
     )
@@ -173,13 +184,13 @@ def export_bundle(recipe: Recipe, precision: Precision, reuse: Path | None, out:
     require("onnx", extra="export", why="Exporting")
     from export.pipeline import export_bundle
 
-    manifests = manifests_of(recipe.data, out)
+    manifests = manifests_of(recipe, out)
     export_bundle(
         out / "checkpoint",
         folder,
         _gated(recipe.export, manifests),
         precision=precision,
-        calibration=[manifests["vqa_train"], manifests["captions_train"]],
+        calibration=[manifests[name] for name in ("vqa_train", "captions_train") if name in manifests],
         recipe_yaml=recipe.to_yaml(),
         reuse=reuse,
         progress=Progress(),
@@ -219,7 +230,7 @@ def bench(recipe: Recipe, bundles: Sequence[Path], out: Path, folder: Path) -> N
     """Bundles beside eager PyTorch, same inputs, same run."""
     # A broken gate is written in result.json, where `failures_of` finds it: the report that shows it is made first.
     with contextlib.suppress(CheckFailed):
-        measure(recipe, bundles, out / "checkpoint", manifests_of(recipe.data, out), folder)
+        measure(recipe, bundles, out / "checkpoint", manifests_of(recipe, out), folder)
 
 
 def measure(
@@ -234,8 +245,8 @@ def measure(
         checkpoint,
         recipe.bench,
         caption_rows=read_manifest(manifests["captions_test"]),
-        vqa_rows=read_manifest(manifests["vqa_test"]),
-        prior_rows=read_manifest(manifests["vqa_train"]),
+        vqa_rows=read_manifest(manifests["vqa_test"]) if "vqa_test" in manifests else [],
+        prior_rows=read_manifest(manifests["vqa_train"]) if "vqa_train" in manifests else [],
         out=folder,
         progress=Progress(),
     )

@@ -61,8 +61,9 @@ def train(
     recipe: RecipeFile,
     out: RunFolder,
     stage: Annotated[
-        Stage, typer.Option(help="Last stage to train; the ones before it are made when missing.")
-    ] = "vqa",
+        Stage | None,
+        typer.Option(help="Train this stage, and those it goes on from when missing; without, all of the recipe."),
+    ] = None,
     init: Init = None,
     overrides: Overrides = None,
 ) -> Outcome:
@@ -86,9 +87,7 @@ def data_check(
             "without it, told by the content.",
         ),
     ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Split to read, such as train; without it, all.")
-    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split to read, such as train; without it, all.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the images; without it, that of FILE.")] = None,
     answers: Annotated[Path | None, typer.Option(help="VQAv2's annotations, beside its questions in FILE.")] = None,
 ) -> Outcome:

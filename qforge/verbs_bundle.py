@@ -181,7 +181,7 @@ def bench(
         raise InputError(
             "Expected --data with the folder of the manifests: the checkpoint was trained on the demo world."
         )
-    measure(recipe, bundles, against, manifests_of(config, out), out)
+    measure(recipe, bundles, against, manifests_of(recipe.model_copy(update={"data": config}), out), out)
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     return Outcome({"out": str(out), "result": result}, (out / "report.md").read_text(encoding="utf-8"))
 

@@ -422,5 +422,5 @@ class RetrievalConfig(Stage1Config):
     min_learning_rate: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt = 1_000
     beta2: float = Field(default=0.999, ge=0, lt=1)
-    candidates: PositiveInt = 128
+    candidates: int = Field(default=128, ge=10)
     """How many of each ITC ranking are ranked again by ITM logit + ITC cosine when the held-out rows are measured."""

@@ -10,11 +10,11 @@ import torch
 
 from runtime.progress import Bar, Progress
 from trainer.blip2 import Blip2
-from trainer.config import StageConfig
+from trainer.config import StageConfig, StageName
 from trainer.draws import StepDraws
 from trainer.ema import Ema
 from trainer.guard import stop
-from trainer.plans import STAGE_KINDS, Plan, StageName
+from trainer.plans import STAGE_KINDS, Plan
 from trainer.ranks import Ranks
 from trainer.resume import OptimiserState, Progressed, ResumePoints, Stateful
 from trainer.stepper import Stepped, Stepper

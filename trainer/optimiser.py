@@ -35,6 +35,7 @@ def make_optimiser(model: Blip2, config: StageConfig) -> torch.optim.AdamW:
         [{"params": groups[key], SCALE: key[0], "weight_decay": key[1]} for key in sorted(groups, reverse=True)],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
+        fused=True,  # one pass over the weights in memory; torch's own choice on a CPU takes ten
     )
 
 

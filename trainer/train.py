@@ -9,13 +9,14 @@ import torch
 from runtime.files import atomic_folder
 from runtime.progress import Progress
 from runtime.text import MAX_WORDS
+from trainer.bert import start_from_bert
 from trainer.blip2 import new_blip2
 from trainer.bridge import PARTS, Part
 from trainer.checkpoint import load_bridge, read_config, require_halves, write_checkpoint
-from trainer.config import ModelConfig, StageConfig
+from trainer.config import ModelConfig, StageConfig, StageName
 from trainer.data import FeatureStore, ResolvedData
 from trainer.fit import Fit
-from trainer.plans import STAGE_KINDS, Ingredients, StageName
+from trainer.plans import STAGE_KINDS, Ingredients
 from trainer.ranks import Ranks
 from trainer.shard import spread, whole
 from trainer.watch import Watcher
@@ -51,6 +52,8 @@ def run_stage(
     if init is not None and began is not None:
         require_halves(init, began, model)
         load_bridge(blip2, init, fresh)
+    elif model.qformer_init is not None:
+        start_from_bert(blip2, model.qformer_init)
     if fresh:
         progress.note(f"{stage}: {init} has no {', '.join(fresh)} part; it starts from random weights")
     blip2.prepare(config)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from runtime.files import sha256_of
 from tests.trainer.launch import finish, start
-from tests.trainer.together import SAME_ON_BOTH, TRAININGS, Given
+from tests.trainer.together import RESUMED, SAME_ON_BOTH, TRAININGS, Given
 from trainer.config import ModelConfig
 from trainer.ranks import Ranks
 
@@ -85,6 +86,14 @@ def test_shared_out_halves_train_as_whole_ones(sharded: str, whole: str, folder:
     if whole == "whole_tower":
         towers = [load_file(folder / f"{name}.2" / "vision" / "model.safetensors") for name in (sharded, whole)]
         assert max(float((towers[0][key] - towers[1][key]).abs().max()) for key in towers[0]) < WEIGHT
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_of_two_processes_goes_on_with_the_same_bits(name: str, folder: Path) -> None:
+    whole, resumed = (folder / f"{name}_{how}.2" for how in ("whole", "cut"))
+    assert [step["step"] for step in steps(folder, f"{name}_cut", 2)] == [3, 4]
+    assert sha256_of(resumed / "model.safetensors") == sha256_of(whole / "model.safetensors")
+    assert steps(folder, f"{name}_cut", 2)[-1]["loss"] == steps(folder, f"{name}_whole", 2)[-1]["loss"]
 
 
 def test_a_run_of_two_processes_goes_on_with_one(folder: Path, given: Given) -> None:

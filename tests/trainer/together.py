@@ -18,15 +18,17 @@ from trainer.config import (
     DataConfig,
     ModelConfig,
     QFormerConfig,
+    RetrievalConfig,
     Stage1Config,
     Stage2Config,
     StageConfig,
+    StageName,
     VqaConfig,
 )
 from trainer.data import FeatureStore, ResolvedData, resolve
 from trainer.guard import TrainingFailed
-from trainer.plans import CaptionObjective, StageName
 from trainer.ranks import Ranks, join
+from trainer.speaking import Stage2
 from trainer.stepper import Stepper
 from trainer.train import run_stage
 from trainer.watch import StepReport, Watcher
@@ -47,7 +49,9 @@ TRAININGS: dict[str, tuple[StageName, StageConfig]] = {
     "stage1_faithful": ("stage1", Stage1Config(**SHORT, itc_key_gradient=False, itc_queue=16)),
     "stage2": ("stage2", Stage2Config(**SHORT)),
     "stage2_parts": ("stage2", Stage2Config(**SHORT, accumulation=2)),
+    "stage2_contrast": ("stage2", Stage2Config(**SHORT, itc_weight=0.5)),
     "vqa": ("vqa", VqaConfig(**SHORT)),
+    "retrieval": ("retrieval", RetrievalConfig(**SHORT, candidates=10)),
     "sharded": ("stage2", Stage2Config(**SHORT, shard=("vision", "language"))),
     "sharded_tower": ("stage2", Stage2Config(**SHORT, shard=("vision",), train_vision=True)),
     "whole_tower": ("stage2", Stage2Config(**SHORT, train_vision=True)),
@@ -58,6 +62,8 @@ CHANGES = AugmentConfig(crop_scale=(0.5, 1.0), flip=True, operations=2)
 """Of the images of the training so called."""
 SAME_ON_BOTH = [name for name in TRAININGS if name not in ("sharded", "sharded_tower")]
 """Those that one process can do too."""
+RESUMED = ("stage1", "stage2", "vqa")
+"""Those that are cut short and go on, with dropout."""
 
 
 class Notes(Watcher):
@@ -113,7 +119,7 @@ class Given:
         return folder
 
 
-class Poisoned(CaptionObjective):
+class Poisoned(Stage2):
     """Stage 2 whose loss in the third step is no number, on the last process alone."""
 
     calls = 0
@@ -129,13 +135,8 @@ class Killed(Exception):
     """Stands for what ends all processes between two steps."""
 
 
-def main(folder: Path) -> None:
-    """All trainings on the processes of the launcher."""
-    import trainer.plans
-
-    given, ranks = Given(folder), join()
-    for name in TRAININGS:
-        given.train(name, ranks)
+def cut(given: Given, ranks: Ranks, name: str, out: str, dropout: float = 0.0) -> None:
+    """A training that ends after three of its four steps, the last resume point being that after the second."""
     step = Stepper.step
 
     def dying(self: Stepper, number: int, *rest: Any) -> Any:
@@ -145,10 +146,24 @@ def main(folder: Path) -> None:
 
     Stepper.step = dying  # type: ignore[method-assign]
     try:
-        given.train("stage1", ranks, out="cut")
+        given.train(name, ranks, out=out, dropout=dropout)
     except Killed:
         Stepper.step = step  # type: ignore[method-assign]
-    trainer.plans.CaptionObjective = Poisoned  # type: ignore[misc]
+
+
+def main(folder: Path) -> None:
+    """All trainings on the processes of the launcher."""
+    import trainer.plans
+
+    given, ranks = Given(folder), join()
+    for name in TRAININGS:
+        given.train(name, ranks)
+    cut(given, ranks, "stage1", "cut")
+    for name in RESUMED:
+        given.train(name, ranks, out=f"{name}_whole", dropout=0.1)
+        cut(given, ranks, name, f"{name}_cut", dropout=0.1)
+        given.train(name, ranks, out=f"{name}_cut", dropout=0.1)
+    trainer.plans.Stage2 = Poisoned  # type: ignore[misc]
     try:
         given.train("stage2", ranks, out="poisoned")
     except TrainingFailed as error:
