@@ -98,9 +98,8 @@ def devices_here() -> list[Device]:
     providers = providers_here()
     devices = [Device("ort", "cpu", threads) for threads in counts] if "cpu" in providers else []
     devices += [Device("ort", provider) for provider in providers if provider != "cpu"]
-    if "trt" in available_backends():
-        devices.append(Device("trt"))
-    return devices
+    others = [backend for backend in available_backends() if backend != "ort"]
+    return devices + [Device(backend) for backend in others]
 
 
 @dataclass
