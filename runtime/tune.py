@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from runtime.backends import Device, available_backends
-from runtime.backends.cores import physical_cores
 from runtime.backends.ort import providers_here
 from runtime.bundle import Bundle
+from runtime.cores import physical_cores
 from runtime.dataset import Row
 from runtime.errors import InputError, QforgeError
 from runtime.evaluate import METRICS, rows_for, score_of

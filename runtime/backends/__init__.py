@@ -26,8 +26,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 """Named arrays, as an engine returns them."""
 
 BACKENDS = ("ort", "openvino", "trt")
-"""ONNX Runtime on one of its providers; OpenVINO on the CPU for the graphs that look at an image, beside ONNX Runtime for
-the language model; plans of TensorRT or TensorRT-RTX on an NVIDIA GPU."""
+"""ONNX Runtime on one of its providers; OpenVINO on the CPU for what looks at an image, beside ONNX Runtime for the
+language model; plans of TensorRT or TensorRT-RTX on an NVIDIA GPU."""
 
 
 STEPPED = frozenset({"language", "decoder"})
@@ -166,7 +166,9 @@ class Device:
             )
         if self.backend == "openvino":
             if self.provider != "cpu" or self.mapped:
-                raise InputError("provider, mapped: backend 'openvino' has neither, it computes on the CPU; leave it out")
+                raise InputError(
+                    "provider, mapped: backend 'openvino' computes on the CPU and has neither; leave them out"
+                )
             if graph_name not in SPEAKING:
                 return self._open_compiled(bundle, graph_name, model)
         from runtime.backends.ort import OrtEngine, place_of  # its door: onnxruntime loads only when it is used

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.backends import Arrays
-from runtime.backends.cores import physical_cores
 from runtime.backends.host import HostEngine
 from runtime.backends.memory import raise_for_memory
 from runtime.closing import Closing
+from runtime.cores import physical_cores
 from runtime.errors import BundleError, require
 from runtime.first_use import Place
 from runtime.machine import describe
@@ -50,7 +50,7 @@ class OpenVinoEngine(HostEngine, Closing):
         try:
             self._model: Any = core.compile_model(str(model), "CPU", settings)
         except RuntimeError as error:
-            raise BundleError(f"{model}: openvino {version()} cannot compile this graph: {_first_line(error)}") from error
+            raise BundleError(f"{model}: openvino {version()} cannot compile it: {_first_line(error)}") from error
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         """Requests that no thread runs now; there are as many as once ran together."""
 
@@ -90,7 +90,7 @@ def place_of(model: str) -> Place:
 
 def version() -> str:
     """Of the openvino installed here."""
-    return str(_openvino().__version__)
+    return str(_openvino().__version__).partition("-")[0]  # the build's hash follows
 
 
 def _openvino() -> Any:
@@ -98,4 +98,6 @@ def _openvino() -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What OpenVINO says behind the places in its source that it begins with."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line and not line.startswith("Exception from")), type(error).__name__)
