@@ -1,4 +1,4 @@
-"""Attention as one operator in the graphs of a language model that ONNX Runtime decodes with.
+"""Fewer nodes in the graphs of a language model that ONNX Runtime decodes with: attention as one, and its products.
 
 The exporter takes attention apart into twenty nodes, which cost a step of one position more than they compute. The
 patterns are those of onnxscript's rewriter; what comes of them is com.microsoft's MultiHeadAttention, beside
@@ -18,6 +18,7 @@ from onnxscript.rewriter.ort_fusions.sdpa import fuse_sdpa
 from onnxscript.rewriter.ort_fusions.sdpa_via_mha import replace_sdpa_by_mha
 
 from export.precision.files import save
+from export.precision.products import fold_products
 from export.quiet import quiet
 
 Fusion = Callable[..., int]
@@ -26,7 +27,7 @@ FUSIONS: tuple[Fusion, ...] = (fuse_mha1, fuse_mha2, replace_sdpa_by_mha)
 them."""
 
 
-def fuse_attention(file: Path) -> int:
+def fuse(file: Path) -> int:
     """Rewrite a graph in place; returns how many attentions became one operator, none where no pattern is found.
 
     Raises:
@@ -39,10 +40,10 @@ def fuse_attention(file: Path) -> int:
         fuse_sdpa(model, apply_shape_inference=True)
         found = sum(fusion(model) for fusion in FUSIONS)
         optimize(model)
-    if found:
-        fused = onnx_ir.to_proto(model)
-        _same_face(fused, traced)
-        save(fused, file)
+    fused = onnx_ir.to_proto(model)
+    fold_products(fused)
+    _same_face(fused, traced)
+    save(fused, file)
     return found
 
 

@@ -21,7 +21,7 @@ from export.precision.kept import ASKED, Kept
 from export.quiet import quiet
 from runtime.errors import require
 
-NBITS_BLOCKS = {8: (128, 64), 4: ()}
+NBITS_BLOCKS = {8: (256, 128, 64), 4: ()}
 """Bits → weights (and inputs) that share one scale in MatMulNBits, the first that divides the rows of every matrix:
 larger is faster and rounds more (LOG.md)."""
 SMALL_BLOCK = 32
