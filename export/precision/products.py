@@ -1,7 +1,7 @@
-"""Products of narrow weights with fewer nodes around them: what is added and multiplied goes in, one input is read once.
+"""Products of narrow weights with fewer nodes around them: biases and factors go in, one input is read once.
 
-A step of one position computes little and starts every node anew, so nodes are what it spends its time on beside memory.
-Exact but for the order in which a bias is added: scales take a factor in, weights are put side by side.
+A step of one position computes little and starts every node anew, so beside memory it is nodes that it spends its time
+on. Exact but for the order in which a bias is added: scales take a factor in, weights are put side by side.
 """
 
 from collections.abc import Mapping, Sequence

@@ -60,9 +60,10 @@ def before_and_after(request, tmp_path_factory):
 def test_every_attention_and_every_product_is_one_node(before_and_after):
     plain, fused, attentions = before_and_after
     before, after = (Counter(node.op_type for node in onnx.load(str(file)).graph.node) for file in (plain, fused))
-    if after["Softmax"]:  # grouped heads are repeated in a way that no pattern knows: those nodes stay
-        pytest.skip(f"{after['Softmax']} of {LAYERS} attentions are of a pattern that onnxscript does not know")
-    assert attentions == after["MultiHeadAttention"] == before["Softmax"] == LAYERS
+    assert attentions == after["MultiHeadAttention"] == LAYERS - after["Softmax"]
+    if after["Softmax"]:  # grouped heads are repeated in a way that onnxscript's patterns do not know: those nodes stay
+        assert before["Expand"] > 2 * LAYERS
+        return
     assert after["MatMulNBits"] == 4 * LAYERS + 1, (
         "query, key and value are one product; attention's own, two, the head"
     )
