@@ -89,6 +89,8 @@ class Retrieval(Closing):
             self._weights = opened.enter_context(HeldWeights(bundle))
             self._engines = opened.pop_all()
         self.bundle = bundle
+        self.cache = cache
+        """Counters: `cache.statistics()`."""
         self._memory = None if cache is None else ImageMemory(cache, bundle.manifest)
         self.max_batch = bundle.manifest.limits.max_batch
         self._tokenizer = TextTokenizer(bundle.file(RETRIEVAL_TOKENIZER))
