@@ -133,6 +133,15 @@ class Retrieval(Closing):
         embeds_BNE = self._embeds(pixels_BCHW)
         return ImageEmbeddings(self._features(pixels_BCHW, lambda rows: embeds_BNE[list(rows)]), embeds_BNE)
 
+    def remember(self, pixels_BCHW: Floats) -> int:
+        """Put features and embeddings of these images into the cache, of which there is one; how many were new."""
+        assert self._memory is not None, "opened without a cache"
+        memory = self._memory
+        keys = [[memory.key(kind, pixels) for kind in (IMAGE_EMBEDS, IMAGE_FEATURES)] for pixels in pixels_BCHW]
+        new = len({of_image[0] for of_image in keys if not all(key in memory for key in of_image)})
+        self.embed_pixels(pixels_BCHW)
+        return new
+
     def embed_ids(self, ids: Sequence[Sequence[int]]) -> Floats:
         """`embed_texts` of texts that are tokens already."""
         self._weights.check()
