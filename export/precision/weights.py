@@ -95,7 +95,8 @@ def _packed(whole_KN: npt.NDArray[Any], bits: int, block: int) -> npt.NDArray[np
     """[N, K / block, bytes] as MatMulNBits stores it: from 0, the first of two in the lower half of a byte."""
     rows, columns = whole_KN.shape
     values = (whole_KN.T.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8).reshape(columns, rows // block, block)
-    return values[..., ::2] | values[..., 1::2] << 4 if bits == 4 else values
+    stored: npt.NDArray[np.uint8] = values[..., ::2] | values[..., 1::2] << 4 if bits == 4 else values
+    return stored
 
 
 def _nbits_block(model: onnx.ModelProto, bits: int) -> int:
