@@ -29,7 +29,7 @@ from benchmarks.results import json_lines, json_text
 from benchmarks.sizes import rows_digest
 from benchmarks.swap import image_hashes
 from runtime.backends import Device
-from runtime.backends.cores import physical_cores
+from runtime.cores import physical_cores
 from runtime.dataset import Row
 from runtime.errors import CheckFailed, DataError
 from runtime.estimates import percentile

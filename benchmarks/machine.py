@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from runtime.backends.cores import physical_cores
+from runtime.cores import physical_cores
 
 PACKAGES = ("numpy", "pillow", "tokenizers", "onnxruntime", "torch", "transformers", "onnx", "nncf", "pycocoevalcap")
 """Their versions can change a result."""

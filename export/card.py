@@ -10,7 +10,7 @@ from export.gate.gate import Gate, story
 from export.judge import Parity
 from export.latency import Timing, table
 from export.verdicts import Verdicts
-from runtime.backends.cores import physical_cores
+from runtime.cores import physical_cores
 from runtime.manifest import Manifest
 
 

@@ -7,6 +7,7 @@ Shape letters: B batch, D language width, T prompt tokens, S new positions, P ca
 the encoder read, h heads, d head width, V vocabulary
 """
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -44,7 +45,9 @@ class LanguageGraph(nn.Module):
         cache = _filled(past_BhPd)
         extra = {}
         if self.takes_positions:
-            extra["position_ids"] = (mask_BL.cumsum(-1) - 1).clamp(min=0)[:, past_BhPd[0].shape[2] :]
+            # maximum, not clamp(min=0): OpenVINO 2025 reads a Clip of integers without an upper bound as "all are 0".
+            counted_BL = torch.maximum(mask_BL.cumsum(-1) - 1, torch.zeros_like(mask_BL))
+            extra["position_ids"] = counted_BL[:, past_BhPd[0].shape[2] :]
         result = self.language_model(
             inputs_embeds=embeds_BSD,
             attention_mask=mask_BL,

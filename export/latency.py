@@ -17,8 +17,8 @@ import numpy as np
 from export.facts import precision_of, versions
 from export.graphs import Arrays
 from runtime.backends import CPU, Engine
-from runtime.backends.cores import physical_cores
 from runtime.bundle import LATENCY, Bundle
+from runtime.cores import physical_cores
 from runtime.files import write_json_atomic
 from runtime.manifest import GraphEntry, Manifest
 from runtime.progress import Progress

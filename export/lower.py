@@ -14,6 +14,7 @@ from export.precision.kept import Kept
 from export.precision.plan import Writer, write_precision
 from export.retrieval_graphs import GraphSet
 from export.retrieval_verify import Pair
+from export.trace import ONNX_FOLDER
 from runtime.answers import Request
 from runtime.bundle import Bundle
 from runtime.progress import Progress
@@ -93,4 +94,7 @@ def lower(
             progress=progress,
         )
         kept |= held.kept
+    for name, writer in writers.items():
+        if writer.finish is not None:
+            writer.finish(folder / ONNX_FOLDER / f"{name}.onnx")
     return Lowered({name: kept[name] for name in writers}, feeds, held)

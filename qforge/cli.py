@@ -21,7 +21,6 @@ from qforge.options import (
     CacheDir,
     Candidates,
     CheckpointFolder,
-    Dtype,
     EitherFolder,
     ImageSize,
     Init,
@@ -265,67 +264,7 @@ def vqa(
     return verbs_answer.vqa(bundle, image, questions, how, device_for(bundle, backend, provider, threads))
 
 
-from qforge import cli_cache, cli_chat, cli_data  # noqa: E402, F401 - as above
-
-
-@verb(app, "index", "qforge index bundle-retrieval photos/ more.jsonl --out photos.index")
-def index(
-    bundle: BundleFolder,
-    sources: Annotated[
-        list[Path],
-        typer.Argument(metavar="SOURCE...", help="Images, folders of images, manifests; with --texts also .txt files."),
-    ],
-    out: Annotated[Path, typer.Option("--out", metavar="INDEX", help="Folder to write; an older index is replaced.")],
-    texts: Annotated[
-        bool, typer.Option("--texts", help="Index captions (of manifests, or a .txt with one a line), not images.")
-    ] = False,
-    small: Annotated[
-        bool,
-        typer.Option("--small", help="Keep no embeddings: a far smaller index, but a search reads its images again."),
-    ] = False,
-    dtype: Annotated[Dtype, typer.Option(help="Of the stored features.")] = "float16",
-    backend: Backend = None,
-    provider: ProviderName = None,
-    threads: Threads = None,
-) -> Outcome:
-    """Make images, or texts, ready to be searched.
-
-    Images that cannot be read are left out and named.
-    """
-    from qforge import verbs_retrieval
-
-    return verbs_retrieval.index(
-        bundle, sources, out, texts, small, dtype, device_for(bundle, backend, provider, threads)
-    )
-
-
-@verb(app, "search", 'qforge search photos.index "a red circle left of a blue square" --top 3 --picture hits.png')
-def search(
-    folder: Annotated[Path, typer.Argument(metavar="INDEX", help="Folder that `qforge index` made.")],
-    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT...", help="What to look for in images.")] = None,
-    images: Annotated[
-        list[Path] | None, typer.Option("--image", metavar="FILE", help="Image to find texts for; repeatable.")
-    ] = None,
-    top: Annotated[int, typer.Option(help="Results per query.")] = 5,
-    candidates: Candidates = 128,
-    picture: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="Save the results as one picture, with their scores.")
-    ] = None,
-    bundle: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the bundle is now, if it was moved after indexing.")
-    ] = None,
-    backend: Backend = None,
-    provider: ProviderName = None,
-    threads: Threads = None,
-) -> Outcome:
-    """Find images by text, or texts by image.
-
-    Contrast picks the candidates, matching ranks them.
-    """
-    from qforge import verbs_retrieval
-
-    device = device_for(bundle, backend, provider, threads)
-    return verbs_retrieval.search(folder, texts or [], images or [], top, candidates, picture, bundle, device)
+from qforge import cli_cache, cli_chat, cli_data, cli_retrieval  # noqa: E402, F401 - as above
 
 
 @verb(app, "evaluate", "qforge evaluate runs/demo/bundle-int8 --data runs/demo/data/vqa_test.jsonl --task vqa")

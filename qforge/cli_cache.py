@@ -42,8 +42,9 @@ def warm(
 ) -> Outcome:
     """Look at images before anyone asks about them.
 
-    `caption`, `vqa` and `evaluate` with the same --cache-dir, backend and provider then spend nothing on the image
-    encoder. Images that cannot be read are left out and named.
+    `caption`, `vqa`, `chat` and `evaluate` (or `index` and `search` with a bundle that searches) then spend nothing on
+    the image encoder, with the same --cache-dir, backend and provider. Images that cannot be read are left out and
+    named.
     """
     from qforge import verbs_cache
 

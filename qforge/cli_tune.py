@@ -38,8 +38,8 @@ def tune(
     """Find the fastest way to run bundles here.
 
     Every back-end, provider and thread count that this machine has answers the same requests in turn. Each bundle
-    keeps its fastest that loses no more than --max-drop, and every verb without --backend, --provider and --threads
-    then runs it so on this machine.
+    keeps its fastest that loses no more than --max-drop, and every verb without --backend, --provider and --threads,
+    and `qforge.load` without them, then runs it so on this machine.
     """
     from qforge import verbs_tune
 

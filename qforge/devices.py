@@ -12,16 +12,12 @@ if TYPE_CHECKING:
     from runtime.provider import Provider
 
 
-def device_for(bundle: Path | None, backend: str | None, provider: "Provider | None", threads: int | None) -> "Device":
-    """Any flag decides alone, with the defaults of the others; `bundle` is None where it is not known yet."""
+def device_for(bundle: Path, backend: str | None, provider: "Provider | None", threads: int | None) -> "Device":
+    """Where a verb runs a bundle; what was tuned is told on stderr, whether it is taken or left aside."""
     from runtime.backends import Device
+    from runtime.tuned import choice_of
 
-    if backend is None and provider is None and threads is None and bundle is not None:
-        from runtime.tuned import read_tuned
-
-        found = read_tuned(bundle)
-        if found.note is not None:
-            print(found.note, file=sys.stderr)
-        if found.device is not None:
-            return found.device
-    return Device(backend or "ort", provider or "cpu", threads)
+    found = choice_of(bundle, backend, provider, threads)
+    if found.note is not None:
+        print(found.note, file=sys.stderr)
+    return found.device or Device()

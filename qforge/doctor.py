@@ -11,15 +11,16 @@ from export.engines.targets import REACHES
 from qforge import __version__
 from qforge.console import Outcome
 from runtime.backends import available_backends
-from runtime.backends.cores import physical_cores
 from runtime.backends.ort import providers_here
 from runtime.backends.providers import PROVIDERS
 from runtime.backends.trt.choice import lacks
+from runtime.cores import physical_cores
 from runtime.engine_manifest import EngineName
 from runtime.gpu import compute_capability_here, installed_engines
 
 NEEDS = {
     "answer with a bundle on the CPU": ("cpu", ("onnxruntime",)),
+    "answer faster on an x86 CPU (--backend openvino)": ("openvino", ("onnxruntime", "openvino")),
     "train": ("train", ("torch", "transformers", "accelerate", "safetensors")),
     "export": ("export", ("onnx", "onnxscript", "nncf")),
     "benchmark": ("bench", ("matplotlib", "pycocoevalcap")),

@@ -45,7 +45,8 @@ Init = Annotated[
     typer.Option(metavar="CKPT", help="Checkpoint to begin from, with its model; the stages behind it are left out."),
 ]
 Backend = Annotated[
-    str | None, typer.Option(help="ort, or trt for plans on a GPU; without it, what qforge tune found, or ort.")
+    str | None,
+    typer.Option(help="ort, openvino (on a CPU), or trt (plans on a GPU); without it, what qforge tune found, or ort."),
 ]
 ProviderName = Annotated[
     Provider | None,

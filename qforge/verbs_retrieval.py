@@ -1,6 +1,6 @@
 """The verbs that search: index, search, and the retrieval task of evaluate; torch only to score a checkpoint."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from qforge.console import Outcome, must_be_ours
 from qforge.contact_sheet import Result, draw_results
 from qforge.evaluation import open_retriever
 from qforge.sources import MANIFEST_SUFFIX, images_of
+from qforge.verbs_cache import warned
 from runtime import load_retrieval
 from runtime.backends import Device
 from runtime.dataset import read_manifest
@@ -33,19 +34,23 @@ def index(
     texts: bool,
     small: bool,
     dtype: Dtype,
+    cache_dir: Path | None,
     device: Device,
 ) -> Outcome:
-    """An index at `out`."""
+    """An index at `out`; with `cache_dir` also what that cache counted."""
     must_be_ours(out, INDEX)
     if texts and small:
         raise InputError("--small: an index of texts keeps no embeddings of images; leave the option out")
+    if texts and cache_dir is not None:
+        raise InputError("--cache-dir: an index of texts looks at no image; leave the option out")
     write = (
         partial(write_text_index, texts=list(_texts_of(sources)))
         if texts
         else partial(write_image_index, images=list(images_of(sources)), keep_embeds=not small)
     )
-    with _open(bundle, device) as retrieval:
+    with _open(bundle, device, cache_dir) as retrieval:
         facts = write(retrieval, out=out, dtype=dtype, progress=Progress())
+        counted = _counted(retrieval)
     size = sum(file.stat().st_size for file in out.iterdir())
     lines = [f"Index: {out} ({facts.count} {facts.kind}, {size / 2**20:.1f} MiB)"]
     if facts.broken:
@@ -54,7 +59,7 @@ def index(
         if len(facts.broken) > NAMED:
             lines.append(f"… and {len(facts.broken) - NAMED} more; {out / INDEX} names all")
     data = {"index": str(out), "kind": facts.kind, "count": facts.count, "bytes": size, "broken": facts.broken}
-    return Outcome(data, "\n".join(lines))
+    return Outcome(data | counted, "\n".join(lines))
 
 
 def search(
@@ -65,26 +70,30 @@ def search(
     candidates: int,
     picture: Path | None,
     bundle: Path | None,
-    device: Device,
+    cache_dir: Path | None,
+    device_for: Callable[[Path], Device],
 ) -> Outcome:
-    """A block of lines per query, best first."""
+    """A block of lines per query, best first; `device_for` says where the bundle runs, once it is known."""
     if bool(texts) == bool(images):
         raise InputError('search: expected either texts or --image, such as: qforge search INDEX "a red circle"')
     check_counts(top, candidates)
     opened = Index(folder)
-    with _open(_bundle_of(opened, bundle), device) as retrieval:
+    path = _bundle_of(opened, bundle)
+    with _open(path, device_for(path), cache_dir) as retrieval:
         if texts:
             hits = opened.find_images(retrieval, texts, top=top, candidates=candidates)
         else:
             hits = opened.find_texts(retrieval, images, top=top, candidates=candidates)
+        counted = _counted(retrieval)
     queries = list(texts) or [str(image) for image in images]
     results = [Result(query, of_query) for query, of_query in zip(queries, hits, strict=True)]
     asked, answered = ("text", "image") if texts else ("image", "text")
     if picture is not None:
         draw_results(results, picture, queries_are_images=bool(images))
     data = [{asked: result.query, "hits": [_as_json(answered, *hit) for hit in result.hits]} for result in results]
+    shown = None if picture is None else str(picture)
     return Outcome(
-        {"results": data, "candidates": candidates, "picture": None if picture is None else str(picture)},
+        {"results": data, "candidates": candidates, "picture": shown} | counted,
         "\n".join(line for result in results for line in _lines(result, len(results) > 1)),
     )
 
@@ -114,8 +123,13 @@ def evaluate(path: Path, manifest: Path, candidates: int, device: Device) -> Out
     return Outcome(found.as_json(), "\n".join(lines))
 
 
-def _open(bundle: Path, device: Device) -> Retrieval:
-    return load_retrieval(bundle, device.backend, device.threads, device.provider)
+def _open(bundle: Path, device: Device, cache_dir: Path | None) -> Retrieval:
+    return load_retrieval(bundle, device.backend, device.threads, device.provider, cache_dir)
+
+
+def _counted(retrieval: Retrieval) -> dict[str, Any]:
+    """Counters of the cache, where there is one."""
+    return {} if retrieval.cache is None else {"cache": warned(retrieval.cache.statistics())}
 
 
 def _texts_of(sources: Sequence[Path]) -> Iterable[str]:

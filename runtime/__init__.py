@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 def load(
     bundle: str | Path,
-    backend: str = "ort",
+    backend: str | None = None,
     threads: int | None = None,
     cache_bytes: int = 256 * 1024**2,
-    provider: "Provider" = "cpu",
+    provider: "Provider | None" = None,
     cache_dir: str | Path | None = None,
     cache_dir_bytes: int | None = None,
     batch_wait_ms: float | None = None,
@@ -30,11 +30,12 @@ def load(
 
     Args:
         bundle: The folder that `qforge export` made.
-        backend: Engine to run the graphs with; see `runtime.backends.available_backends`.
+        backend: Engine to run the graphs with, 'ort' or 'trt'; see `runtime.backends.available_backends`. None is
+            'ort', or with neither `threads` nor `provider` what `qforge tune` found fastest for this bundle here.
         threads: CPU threads per graph; None takes the physical cores this process may use.
         cache_bytes: Bound of what is remembered in memory (bytes): query vectors of images and, a quarter of it where
             the language model is decoder-only, keys and values of prompts; 0 remembers neither.
-        provider: What computes under backend 'ort': cpu, cuda, tensorrt or openvino; never another one silently.
+        provider: What computes under backend 'ort': cpu (None), cuda, tensorrt or openvino; never another one silently.
         cache_dir: Folder of a query cache on the disk, which processes share; made when missing. None for none.
         cache_dir_bytes: Bound of that folder (bytes), for all who use it from now on; None leaves its own (at first
             4 GiB).
@@ -47,34 +48,44 @@ def load(
         BackendUnavailable: the package of the backend or provider is not installed, or the provider cannot start.
         InputError: an unknown backend or provider, a bad number, or a `cache_dir` that is not a cache's.
     """
-    from runtime.backends import Device  # here, so that `import runtime` alone stays light
-    from runtime.batching.pipeline import open_pipeline
+    from runtime.batching.pipeline import open_pipeline  # here, so that `import runtime` alone stays light
     from runtime.bundle import read_bundle
     from runtime.disk_cache import DiskCache
+    from runtime.tuned import device_of
 
-    device, opened = Device(backend, provider, threads), read_bundle(bundle)
+    opened, device = read_bundle(bundle), device_of(bundle, backend, provider, threads)
     disk = None if cache_dir is None else DiskCache(cache_dir, opened.manifest.digest, device, cache_dir_bytes)
     return open_pipeline(opened, device, cache_bytes=cache_bytes, disk=disk, batch_wait_ms=batch_wait_ms)
 
 
 def load_retrieval(
-    bundle: str | Path, backend: str = "ort", threads: int | None = None, provider: "Provider" = "cpu"
+    bundle: str | Path,
+    backend: str | None = None,
+    threads: int | None = None,
+    provider: "Provider | None" = None,
+    cache_dir: str | Path | None = None,
+    cache_dir_bytes: int | None = None,
 ) -> "Retrieval":
     """Read a bundle, check it and open the graphs it searches with.
 
     Args:
         bundle: The folder that `qforge export --heads retrieval` (or `both`) made.
-        backend: Engine to run the graphs with; see `runtime.backends.available_backends`.
-        threads: CPU threads per graph; None takes the physical cores this process may use.
-        provider: What computes under backend 'ort': cpu, cuda, tensorrt or openvino; never another one silently.
+        backend, threads, provider: As in `load`.
+        cache_dir: Folder of a query cache on the disk: images that are in it cost no vision. None remembers nothing;
+            `qforge.load` also remembers in memory.
+        cache_dir_bytes: Bound of that folder (bytes), as in `load`.
 
     Raises:
         BundleError: the bundle is damaged, incomplete or of another format.
         BackendUnavailable: the package of the backend or provider is not installed, or the provider cannot start.
-        InputError: a bundle that cannot search, an unknown backend or provider, or a bad number.
+        InputError: a bundle that cannot search, an unknown backend or provider, a bad number, or a `cache_dir` that is
+            not a cache's.
     """
-    from runtime.backends import Device
     from runtime.bundle import read_bundle
+    from runtime.disk_cache import DiskCache
     from runtime.retrieval import Retrieval
+    from runtime.tuned import device_of
 
-    return Retrieval(read_bundle(bundle), device=Device(backend, provider, threads))
+    opened, device = read_bundle(bundle), device_of(bundle, backend, provider, threads)
+    disk = None if cache_dir is None else DiskCache(cache_dir, opened.manifest.digest, device, cache_dir_bytes)
+    return Retrieval(opened, device=device, cache=disk)

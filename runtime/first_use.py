@@ -66,7 +66,7 @@ def check_first_use(engine: Engine, bundle: Bundle, graph: str, place: Place, fo
             raise CheckFailed(
                 f"{bundle.path}: {check.graph} on {place.device} by {place.library}: output '{check.output}' is off by "
                 f"{check.max_error:.2e} of its largest value, {check.tolerance:.2e} is allowed; it answers nothing "
-                f"here: build its engine again, or choose another --backend"
+                f"here: choose another --provider or --backend, or build its engine again"
             )
     if checks:
         record = {"bundle": bundle.manifest.digest, "graph": graph, "place": asdict(place)}

@@ -4,7 +4,7 @@ import platform
 import re
 from pathlib import Path
 
-from runtime.backends.cores import physical_cores
+from runtime.cores import physical_cores
 from runtime.gpu import compute_capability_here
 
 CPUINFO = Path("/proc/cpuinfo")

@@ -40,6 +40,7 @@ from runtime.search import CANDIDATES, Hit
 from runtime.shared_graphs import Lender
 from runtime.streaming import Piece
 from runtime.tiered_cache import open_cache
+from runtime.tuned import device_of
 
 
 class Model(Closing):
@@ -282,10 +283,10 @@ class Model(Closing):
 
 def load(
     bundle: str | Path,
-    backend: str = "ort",
+    backend: str | None = None,
     threads: int | None = None,
     cache_bytes: int = 256 * 1024**2,
-    provider: Provider = "cpu",
+    provider: Provider | None = None,
     cache_dir: str | Path | None = None,
     cache_dir_bytes: int | None = None,
     batch_wait_ms: float | None = None,
@@ -294,10 +295,11 @@ def load(
 
     Args:
         bundle: The folder that `qforge export` made, with any heads.
-        backend: Engine to run the graphs with; see `runtime.backends.available_backends`.
+        backend: Engine to run the graphs with, 'ort' or 'trt'; see `runtime.backends.available_backends`. None is
+            'ort', or with neither `threads` nor `provider` what `qforge tune` found fastest for this bundle here.
         threads: CPU threads per graph; None takes the physical cores this process may use.
         cache_bytes: Bound of what is remembered in memory (bytes), images and prompts; 0 remembers neither.
-        provider: What computes under backend 'ort': cpu, cuda, tensorrt or openvino; never another one silently.
+        provider: What computes under backend 'ort': cpu (None), cuda, tensorrt or openvino; never another one silently.
         cache_dir: Folder of a query cache on the disk, which processes share; made when missing. None for none.
         cache_dir_bytes: Bound of that folder (bytes), for all who use it from now on; None leaves its own (at first
             4 GiB).
@@ -308,6 +310,6 @@ def load(
         BackendUnavailable: the package of the backend or provider is not installed, or the provider cannot start.
         InputError: an unknown backend or provider, a bad number, or a `cache_dir` that is not a cache's.
     """
-    device, opened = Device(backend, provider, threads), read_bundle(bundle)
+    opened, device = read_bundle(bundle), device_of(bundle, backend, provider, threads)
     disk = None if cache_dir is None else DiskCache(cache_dir, opened.manifest.digest, device, cache_dir_bytes)
     return Model(opened, device=device, cache_bytes=cache_bytes, disk=disk, batch_wait_ms=batch_wait_ms)

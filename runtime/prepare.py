@@ -5,10 +5,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from runtime.backends.cores import cpu_fingerprint
 from runtime.backends.ort import OrtEngine, ort_version
 from runtime.bundle import PREPARED, Bundle
 from runtime.checks import relative_error
+from runtime.cores import cpu_fingerprint
 from runtime.errors import InputError
 from runtime.files import atomic_folder, sha256_of, write_text_atomic
 from runtime.manifest import FileEntry

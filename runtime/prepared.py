@@ -12,9 +12,9 @@ from pathlib import Path
 
 from pydantic import NonNegativeFloat
 
-from runtime.backends.cores import cpu_fingerprint
 from runtime.backends.ort import ort_version
 from runtime.bundle import PREPARED, Bundle, require_hashes
+from runtime.cores import cpu_fingerprint
 from runtime.errors import BundleError
 from runtime.manifest import FileEntry
 from runtime.records import read_record

@@ -10,6 +10,7 @@ Shape letters: B images, C colour channels, H height, W width
 
 import io
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 from pydantic import Field, PositiveInt
 
+from runtime.cores import physical_cores
 from runtime.errors import ImageError, InputError
 from runtime.packed import piece_of
 from runtime.settings import Settings
@@ -72,15 +74,19 @@ def to_pixels(resized: Image.Image, settings: PreprocessSettings) -> npt.NDArray
 
 
 def preprocess_batch(sources: Sequence[ImageSource], settings: PreprocessSettings) -> npt.NDArray[np.float32]:
-    """Read several images and return pixels_BCHW; an object or path that repeats is read once."""
+    """Read several images, as many at once as there are cores, and return pixels_BCHW.
+
+    An object or path that repeats is read once. Of several images that cannot be read the first is told.
+    """
     if not sources:
         raise InputError("expected at least one image, found an empty list")
-    pixels_of: dict[object, npt.NDArray[np.float32]] = {}
-    keys = [str(source) if isinstance(source, str | Path) else id(source) for source in sources]
-    for key, source in zip(keys, sources, strict=True):
-        if key not in pixels_of:
-            pixels_of[key] = preprocess(source, settings)
-    return np.stack([pixels_of[key] for key in keys])
+    keys: list[object] = [str(source) if isinstance(source, str | Path) else id(source) for source in sources]
+    distinct = dict(zip(reversed(keys), reversed(sources), strict=True))
+    if len(distinct) == 1:
+        return np.stack([preprocess(sources[0], settings)] * len(keys))
+    with ThreadPoolExecutor(min(len(distinct), physical_cores())) as pool:  # Pillow and numpy let go of the GIL
+        reading = {key: pool.submit(preprocess, distinct[key], settings) for key in dict.fromkeys(keys)}
+        return np.stack([reading[key].result() for key in keys])
 
 
 def load_image(source: ImageSource) -> Image.Image:

@@ -89,6 +89,8 @@ class Retrieval(Closing):
             self._weights = opened.enter_context(HeldWeights(bundle))
             self._engines = opened.pop_all()
         self.bundle = bundle
+        self.cache = cache
+        """Counters: `cache.statistics()`."""
         self._memory = None if cache is None else ImageMemory(cache, bundle.manifest)
         self.max_batch = bundle.manifest.limits.max_batch
         self._tokenizer = TextTokenizer(bundle.file(RETRIEVAL_TOKENIZER))
@@ -130,6 +132,15 @@ class Retrieval(Closing):
         self._weights.check()
         embeds_BNE = self._embeds(pixels_BCHW)
         return ImageEmbeddings(self._features(pixels_BCHW, lambda rows: embeds_BNE[list(rows)]), embeds_BNE)
+
+    def remember(self, pixels_BCHW: Floats) -> int:
+        """Put features and embeddings of these images into the cache, of which there is one; how many were new."""
+        assert self._memory is not None, "opened without a cache"
+        memory = self._memory
+        keys = [[memory.key(kind, pixels) for kind in (IMAGE_EMBEDS, IMAGE_FEATURES)] for pixels in pixels_BCHW]
+        new = len({of_image[0] for of_image in keys if not all(key in memory for key in of_image)})
+        self.embed_pixels(pixels_BCHW)
+        return new
 
     def embed_ids(self, ids: Sequence[Sequence[int]]) -> Floats:
         """`embed_texts` of texts that are tokens already."""

@@ -1,10 +1,20 @@
 """Text while it is said: pieces that never change, and that together are the answer's text."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from runtime.answers import Answer
 from runtime.tokenizer import TextTokenizer
+
+UNSPACED = re.compile(
+    "["
+    "\u2e80-\u2fdf\u3001-\u33ff"  # radicals, CJK punctuation, kana, Bopomofo, enclosed and squared forms
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fffd"  # Han
+    "\ufe30-\ufe4f\uff01-\uff9f"  # vertical, full-width and half-width forms
+    "]"
+)
+"""A character of a script that puts no spaces between words: it ends a word wherever it stands."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +36,10 @@ class Piece:
 class SteadyText:
     """Tokens → the part of their text that no further token changes.
 
-    That is all before the last white space: a word may go on, half a UTF-8 character is no character yet, and some
-    tokenizers take a space back before a full stop. Bytes that a tokenizer spells out one by one are held back too, as
-    all of them together decide what they mean.
+    That is all before the last white space, and all up to the last character of a script without spaces (Chinese,
+    Japanese): another word may go on, half a UTF-8 character is no character yet, and some tokenizers take a space back
+    before a full stop. Bytes that a tokenizer spells out one by one are held back too, as all of them together decide
+    what they mean.
     """
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
@@ -42,8 +53,11 @@ class SteadyText:
         certain = len(self._ids)
         while certain and self._tokenizer.is_byte(self._ids[certain - 1]):
             certain -= 1
-        words = self._tokenizer.decode(self._ids[:certain]).rsplit(maxsplit=1)
-        return self._show(words[0] if len(words) == 2 else "")
+        text = self._tokenizer.decode(self._ids[:certain])
+        words = text.rsplit(maxsplit=1)
+        spaced = len(words[0]) if len(words) == 2 else 0
+        unspaced = max((found.end() for found in UNSPACED.finditer(text, spaced)), default=0)
+        return self._show(text[: max(spaced, unspaced)])
 
     def end(self) -> tuple[str, str]:
         """(what was still held back, the whole text)."""

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from runtime.backends import Device, available_backends
-from runtime.backends.cores import physical_cores
 from runtime.backends.ort import providers_here
 from runtime.bundle import Bundle
+from runtime.cores import physical_cores
 from runtime.dataset import Row
 from runtime.errors import InputError, QforgeError
 from runtime.evaluate import METRICS, rows_for, score_of
@@ -98,9 +98,8 @@ def devices_here() -> list[Device]:
     providers = providers_here()
     devices = [Device("ort", "cpu", threads) for threads in counts] if "cpu" in providers else []
     devices += [Device("ort", provider) for provider in providers if provider != "cpu"]
-    if "trt" in available_backends():
-        devices.append(Device("trt"))
-    return devices
+    others = [backend for backend in available_backends() if backend != "ort"]
+    return devices + [Device(backend) for backend in others]
 
 
 @dataclass

@@ -5,6 +5,7 @@ another machine, or with another bundle, it is left aside, and the reader says s
 """
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -86,6 +87,23 @@ class Found:
     """The choice; None for none that holds here."""
     note: str | None
     """What to tell the user; None for nothing."""
+
+
+def device_of(
+    bundle: str | Path, backend: str | None = None, provider: Provider | None = None, threads: int | None = None
+) -> Device:
+    """Where a bundle runs when a program says this much; see `choice_of`. A choice that was left aside is warned of."""
+    found = choice_of(Path(bundle), backend, provider, threads)
+    if found.device is None and found.note is not None:
+        warnings.warn(found.note, stacklevel=3)
+    return found.device or Device()
+
+
+def choice_of(bundle: Path, backend: str | None, provider: Provider | None, threads: int | None) -> Found:
+    """Any of the three decides alone, with the defaults of the others; none of them takes what was tuned."""
+    if backend is not None or provider is not None or threads is not None:
+        return Found(Device(backend or "ort", provider or "cpu", threads), None)
+    return read_tuned(bundle)
 
 
 def write_tuned(bundle: Path, tuned: Tuned) -> None:

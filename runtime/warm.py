@@ -1,11 +1,12 @@
 """Fills a disk cache with images that are known beforehand, so that the first question about one is answered fast.
 
-Only the graphs between pixels and prefix are opened: no language model is loaded.
+Only what looks at images is opened: no language model is loaded. A bundle that only searches keeps what it searches
+with.
 
     warm_up(read_bundle("runs/demo/bundle-int8"), [Path("photo.jpg")], cache, device=CPU, progress=Progress())
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,12 @@ import numpy.typing as npt
 from runtime.backends import Device, Engine
 from runtime.bundle import Bundle
 from runtime.disk_cache import DiskCache
-from runtime.errors import DataError, ImageError
+from runtime.errors import DataError, ImageError, InputError
 from runtime.image_encoder import open_encoder
 from runtime.pipeline import QFORMER_TOKENIZER
 from runtime.preprocess import preprocess
 from runtime.progress import Progress
+from runtime.retrieval import Retrieval
 from runtime.text import qformer_text
 from runtime.tokenizer import TextTokenizer, cut
 
@@ -48,24 +50,23 @@ def warm_up(
 ) -> Warmed:
     """Remember the vision features and the caption prefix of every image; unreadable ones are noted.
 
-    A caption then costs only decoding. A question costs the Q-Former too where it reads the question.
+    A caption then costs only decoding. A question costs the Q-Former too where it reads the question. Of a bundle that
+    only searches, features and embeddings are remembered.
 
     Raises:
         DataError: no image, or none that can be read.
-        InputError: an `image_size` that the bundle does not have.
+        InputError: an `image_size` that the bundle does not have, or any with a bundle that only searches.
     """
     images = list(dict.fromkeys(path.resolve() for path in images))
     if not images:
         raise DataError("cache warm: expected at least one image, found none")
     manifest = bundle.manifest
-    settings, caption_ids = manifest.preprocess.at(manifest.side(image_size)), _caption_ids(bundle)
+    if manifest.model.style == "none" and image_size is not None:
+        raise InputError(f"image_size: {bundle.path} searches at the size it was trained at; leave it out")
+    settings = manifest.preprocess.at(manifest.side(image_size))
     new, broken = 0, dict[str, str]()
     with ExitStack() as opened:
-
-        def engine(name: str) -> Engine:
-            return opened.enter_context(device.open(bundle, name))
-
-        encoder = open_encoder(manifest, engine, cache)
+        remember = _open(bundle, cache, device, opened)
         starts = range(0, len(images), manifest.limits.max_batch)
         with progress.bar("images", len(starts), items_per_step=manifest.limits.max_batch) as bar:
             for start in starts:
@@ -76,11 +77,25 @@ def warm_up(
                     except ImageError as error:
                         broken[str(path)] = str(error)
                 if readable:
-                    new += encoder.remember(np.stack(readable), caption_ids)
+                    new += remember(np.stack(readable))
                 bar.advance()
     if len(broken) == len(images):
         raise DataError(f"none of the {len(images)} images can be read; the first: {next(iter(broken.values()))}")
     return Warmed(len(images) - len(broken), new, broken)
+
+
+def _open(
+    bundle: Bundle, cache: DiskCache, device: Device, opened: ExitStack
+) -> Callable[[npt.NDArray[np.float32]], int]:
+    """What puts a batch [B, C, H, W] into the cache, and says how many of its images were new."""
+    if bundle.manifest.model.style == "none":
+        return opened.enter_context(Retrieval(bundle, device=device, cache=cache)).remember
+
+    def engine(name: str) -> Engine:
+        return opened.enter_context(device.open(bundle, name))
+
+    encoder, caption_ids = open_encoder(bundle.manifest, engine, cache), _caption_ids(bundle)
+    return lambda pixels_BCHW: encoder.remember(pixels_BCHW, caption_ids)
 
 
 def _caption_ids(bundle: Bundle) -> list[int] | None:

@@ -20,6 +20,7 @@ from export.config import ExportConfig
 from export.graphs import Arrays
 from export.precision.activations import Calibration, write_int8
 from export.precision.fp8 import write_fp8
+from export.precision.fuse import fuse
 from export.precision.half import write_half
 from export.precision.kept import Kept
 from export.precision.weights import write_dequantized, write_nbits
@@ -44,6 +45,8 @@ class Writer:
     needs_feeds: bool
     """Whether ranges are measured on real inputs."""
     write: Write
+    finish: Callable[[Path], object] | None = None
+    """What is done to the written file when accuracy holds and nodes need no names any more."""
 
 
 def role_of(graph: str) -> Role:
@@ -98,7 +101,9 @@ def _writer(role: Role, precision: Precision, language_precision: LanguagePrecis
     bits: int
     for bits in (8, 4):
         narrow: LanguagePrecision = "int8" if bits == 8 else "int4"
-        table["language", narrow, "onnxruntime"] = Writer(narrow, f"{blocks}, rest fp32", False, _weights(bits))
+        table["language", narrow, "onnxruntime"] = Writer(
+            narrow, f"{blocks}, rest fp32, attention in one operator", False, _weights(bits), fuse
+        )
         table["language", narrow, "tensorrt"] = Writer(
             narrow, f"{stored[bits]}, rest FP16", True, _then_half(_dequantized(bits), partial(half, low="fp16"))
         )

@@ -21,7 +21,7 @@ from export.precision.kept import ASKED, Kept
 from export.quiet import quiet
 from runtime.errors import require
 
-NBITS_BLOCKS = {8: (128, 64), 4: ()}
+NBITS_BLOCKS = {8: (256, 128, 64), 4: (128, 64)}
 """Bits → weights (and inputs) that share one scale in MatMulNBits, the first that divides the rows of every matrix:
 larger is faster and rounds more (LOG.md)."""
 SMALL_BLOCK = 32
@@ -48,24 +48,59 @@ def write_nbits(file: Path, keep: Collection[str], *, bits: int) -> list[Kept]:
     )
     model = onnx.load(str(file))
     gemm_to_matmul(model)
+    block = _nbits_block(model, bits)
+    # before the matrices are let go of, and narrow, so that a large model is not in memory twice
+    better = _best_ranges(model, bits, block) if len(SHARES[bits]) > 1 else {}
     with quiet():
         work = quantizer.MatMulNBitsQuantizer(
             model,
             bits=bits,
-            block_size=_nbits_block(model, bits),
+            block_size=block,
             is_symmetric=True,
             accuracy_level=INT8_ARITHMETIC,
             nodes_to_exclude=list(keep),
         )
         work.process()
-    save(work.model.model, file)
-    return _whole(work.model.model, keep)
+    written = work.model.model
+    for tensor in written.graph.initializer:
+        if tensor.name in better:
+            tensor.CopyFrom(numpy_helper.from_array(better[tensor.name], tensor.name))
+    save(written, file)
+    return _whole(written, keep)
+
+
+def _best_ranges(model: onnx.ModelProto, bits: int, block: int) -> dict[str, npt.NDArray[Any]]:
+    """Tensors of MatMulNBits by their names in onnxruntime's quantiser, whose ranges end at a block's largest weight.
+
+    Here they are those of `_narrowed`.
+    """
+    found: dict[str, npt.NDArray[Any]] = {}
+    for name, tensor in _multiplied(model).items():
+        if tensor.dims[0] % block:
+            continue  # onnxruntime fills the last block up
+        whole_KN, scale = _narrowed(numpy_helper.to_array(tensor), bits, block)
+        found[f"{name}_Q{bits}"] = _packed(whole_KN, bits, block)
+        found[f"{name}_scales"] = np.ascontiguousarray(scale.T)
+    return found
+
+
+def _multiplied(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """The matrices that something is multiplied with, by name."""
+    products = {node.input[1] for node in model.graph.node if node.op_type == "MatMul"}
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    return {name: stored[name] for name in products & stored.keys() if len(stored[name].dims) == 2}
+
+
+def _packed(whole_KN: npt.NDArray[Any], bits: int, block: int) -> npt.NDArray[np.uint8]:
+    """[N, K / block, bytes] as MatMulNBits stores it: from 0, the first of two in the lower half of a byte."""
+    rows, columns = whole_KN.shape
+    values = (whole_KN.T.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8).reshape(columns, rows // block, block)
+    stored: npt.NDArray[np.uint8] = values[..., ::2] | values[..., 1::2] << 4 if bits == 4 else values
+    return stored
 
 
 def _nbits_block(model: onnx.ModelProto, bits: int) -> int:
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    products = [node.input[1] for node in model.graph.node if node.op_type == "MatMul"]
-    rows = [shapes[name][0] for name in products if len(shapes.get(name, ())) == 2]
+    rows = [int(tensor.dims[0]) for tensor in _multiplied(model).values()]
     return next((block for block in NBITS_BLOCKS[bits] if not any(count % block for count in rows)), SMALL_BLOCK)
 
 

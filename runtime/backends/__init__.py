@@ -8,6 +8,7 @@ command line makes it and the engines read it, so nothing in between lists its p
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from runtime.bundle import Bundle
 from runtime.errors import BackendUnavailable, InputError
 from runtime.provider import Provider
+from runtime.user_cache import user_cache
 
 if TYPE_CHECKING:
     from runtime.first_use import Place
@@ -23,12 +25,15 @@ if TYPE_CHECKING:
 Arrays = dict[str, npt.NDArray[Any]]
 """Named arrays, as an engine returns them."""
 
-BACKENDS = ("ort", "trt")
-"""ONNX Runtime on one of its providers; plans of TensorRT or TensorRT-RTX on an NVIDIA GPU."""
+BACKENDS = ("ort", "openvino", "trt")
+"""ONNX Runtime on one of its providers; OpenVINO on the CPU for what looks at an image, beside ONNX Runtime for the
+language model; plans of TensorRT or TensorRT-RTX on an NVIDIA GPU."""
 
 
 STEPPED = frozenset({"language", "decoder"})
 """Graphs that run once a token."""
+SPEAKING = frozenset({"embed", "encoder", *STEPPED})
+"""Graphs of the language model; all others look at an image, or match one with a text."""
 
 
 class View(Protocol):
@@ -159,6 +164,13 @@ class Device:
                 f"{bundle.path}: graph '{graph_name}' computes in BF16, which backend '{self.backend}' cannot do on a "
                 f"CPU; build an engine for a GPU (qforge build {bundle.path}), or export with --precision fp16 or fp32"
             )
+        if self.backend == "openvino":
+            if self.provider != "cpu" or self.mapped:
+                raise InputError(
+                    "provider, mapped: backend 'openvino' computes on the CPU and has neither; leave them out"
+                )
+            if graph_name not in SPEAKING:
+                return self._open_compiled(bundle, graph_name, model)
         from runtime.backends.ort import OrtEngine, place_of  # its door: onnxruntime loads only when it is used
         from runtime.prepared import prepared_graph
 
@@ -175,6 +187,15 @@ class Device:
         )
         if not on_cpu:  # what every bundle was verified on
             self._check(engine, bundle, graph_name, place_of(manifest.graphs[graph_name].sha256, self.provider))
+        return engine
+
+    def _open_compiled(self, bundle: Bundle, graph_name: str, model: Path) -> Engine:
+        """One graph compiled by OpenVINO, which keeps what it compiled for the next time."""
+        from runtime.backends.openvino import OpenVinoEngine, place_of  # its door, as below
+
+        spec = bundle.manifest.graphs[graph_name]
+        engine = OpenVinoEngine(model, spec, self.threads, user_cache("openvino"))
+        self._check(engine, bundle, graph_name, place_of(spec.sha256))
         return engine
 
     def _open_plan(self, bundle: Bundle, graph_name: str) -> Engine:
@@ -210,5 +231,10 @@ def available_backends() -> tuple[str, ...]:
     """Backends that this machine can run: their packages are installed, and a GPU is there for those that need one."""
     from runtime.backends.trt.choice import lacks
 
-    here = {"ort": importlib.util.find_spec("onnxruntime") is not None, "trt": lacks() is None}
+    here = {"ort": _installed("onnxruntime"), "openvino": _installed("onnxruntime") and _installed("openvino")}
+    here["trt"] = lacks() is None
     return tuple(name for name in BACKENDS if here[name])
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

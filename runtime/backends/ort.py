@@ -7,11 +7,11 @@ from typing import Any, cast
 import numpy as np
 
 from runtime.backends import Arrays, Buffer, Feeds, View
-from runtime.backends.cores import physical_cores
 from runtime.backends.memory import raise_for_memory
 from runtime.backends.ort_memory import Bindable, OrtDeviceBuffer, OrtHostBuffer
 from runtime.backends.providers import DEVICES, available_providers, execution_provider, require_taken
 from runtime.closing import Closing
+from runtime.cores import physical_cores
 from runtime.errors import BackendUnavailable, BundleError, require
 from runtime.first_use import Place
 from runtime.machine import describe

@@ -17,6 +17,7 @@ class OneByOne:
         """`rows` are all sequences of all prompts."""
         self._task = task
         self._choose = Draw(task, rows) if task.decoding.do_sample else Likeliest(task)
+        self._ends = np.array(task.generation.eos_token_ids, np.int64)
         self._history_BL = task.given(rows)
         self._given = self._history_BL.shape[1]
         self._texts: list[list[int]] = [[] for _ in range(rows)]
@@ -32,7 +33,7 @@ class OneByOne:
     def advance(self, scores_BV: Floats) -> tuple[Ids, Ids]:
         """One token more of every text; see `Search`. The end token is not said."""
         ids_B = self._choose(self._task.processed(scores_BV, self._history_BL))
-        over_B = np.isin(ids_B, self._task.generation.eos_token_ids)
+        over_B = (ids_B[:, None] == self._ends).any(axis=1)
         for text, token, over in zip(self._going, ids_B, over_B, strict=True):
             if not over:
                 self._texts[text].append(int(token))

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import cpu_chain
 from benchmarks.bandwidth import reading_ms
-from benchmarks.cpu_chain import BATCH, CASES, FORMS, PEERS, TOKENS, run
+from benchmarks.cpu_chain import BACKENDS, BATCH, CASES, FORMS, PEERS, TOKENS, run
 from runtime.progress import Progress
 from trainer.config import DemoWorldConfig
 from trainer.demo_world import write_demo_world
@@ -23,20 +23,22 @@ SETTINGS = (
 
 
 def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(cpu_chain, "PEERS", {name: PEERS[name] for name in ("eager-fp32", "eager-bf16")})
     world = DemoWorldConfig(train_scenes=12, val_scenes=1, test_scenes=1, image_size=32)
     data = write_demo_world(world, tmp_path / "data", Progress(quiet=True)) / "captions_train.jsonl"
     result = run(tmp_path / "work", data, 2, "tiny", SETTINGS)
-    names = {"eager-fp32", "eager-bf16", *FORMS}
+    ways = {f"{form} {backend}" for form in FORMS for backend in BACKENDS}
+    names = {"eager-fp32", "eager-bf16", *ways}
     for case in CASES:
         assert set(result["cases"][case]) == names
         for name, found in result["cases"][case].items():
             assert len(found["samples_ms"]) == 2
-            assert set(found["times_faster_than"]) == ({"eager-fp32", "eager-bf16"} if name in FORMS else set())
-        ours, eager = result["cases"][case]["int8"], result["cases"][case]["eager-fp32"]
+            assert set(found["times_faster_than"]) == ({"eager-fp32", "eager-bf16"} if name in ways else set())
+        ours, eager = result["cases"][case]["int8 ort"], result["cases"][case]["eager-fp32"]
         ratio = np.median(eager["samples_ms"]) / np.median(ours["samples_ms"])
         assert ours["times_faster_than"]["eager-fp32"]["value"] == pytest.approx(ratio, rel=0.02)
-    for name in FORMS:
+    for name in ways:
         per_token = result["per_token"][name]
         assert per_token["of_floor"] == pytest.approx(per_token["ms"] / per_token["floor_ms"], rel=0.05)
         assert 0 < result["fresh_process"][name]["peak_of_eager"] < 1

@@ -6,6 +6,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import onnx
 import pytest
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
@@ -64,6 +65,18 @@ def test_a_bundle_is_complete_and_replays(bundle: Bundle) -> None:
         "chain",
     }
     assert all(check.ok for check in checks)
+
+
+def test_no_clip_is_without_a_bound(bundle: Bundle) -> None:
+    """OpenVINO reads a Clip of integers without an upper bound as "all are 0", and so took all positions for 0."""
+    nodes = [
+        node
+        for name in bundle.manifest.graphs
+        for node in onnx.load(bundle.graph(name), load_external_data=False).graph.node
+    ]
+    clips = [node for node in nodes if node.op_type == "Clip"]
+    assert len(nodes) > 100
+    assert all(len(node.input) == 3 and all(node.input) for node in clips), [node.name for node in clips]
 
 
 def test_the_manifest_states_the_model(bundle_fp32: Bundle, bundle_int8: Bundle, model: Blip2) -> None:

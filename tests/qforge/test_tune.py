@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import qforge
+import runtime
 from qforge.cli import app
 from qforge.devices import device_for
 from runtime.backends import Device
 from runtime.tuned import TUNED
+from tests.runtime.both_heads import write_bundle_with_both_heads
 from tests.runtime.conftest import write_tiny_bundle
 
 
@@ -35,6 +38,43 @@ def test_the_table_and_what_follows(bundle: Path, tmp_path: Path, capsys: pytest
     assert (code, out) == (0, "a red\n")
     assert f"{bundle}: as tuned, backend ort, provider cpu, " in err
     assert "as tuned" not in call(capsys, "caption", bundle, tmp_path / "red.png", "--threads", "1")[2]
+
+
+def test_programs_take_the_choice_as_verbs_do(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where it was measured; elsewhere it is left aside, with a warning that says so."""
+    call(capsys, "tune", bundle, "--max-drop", "0")
+    record = json.loads((bundle / TUNED).read_text())
+    record["choice"]["threads"] = 3
+    (bundle / TUNED).write_text(json.dumps(record))
+    with pytest.MonkeyPatch.context() as patch:
+        seen = list[Device]()
+        opened = Device.open
+        patch.setattr(Device, "open", lambda device, *its: seen.append(device) or opened(device, *its))
+        for load in (qforge.load, runtime.load):
+            load(bundle).close()
+            load(bundle, threads=1).close()
+            assert set(seen) == {Device("ort", "cpu", 3), Device("ort", "cpu", 1)}
+            seen.clear()
+        record["machine"]["cpu"] = "another"
+        (bundle / TUNED).write_text(json.dumps(record))
+        with pytest.warns(UserWarning, match="left aside, it was measured on another machine") as warned:
+            qforge.load(bundle).close()
+        assert set(seen) == {Device()} and warned[0].filename == __file__
+
+
+def test_a_search_runs_as_tuned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bundle is known once its index is read, or where --bundle says it is now."""
+    bundle = write_bundle_with_both_heads(tmp_path / "bundle")
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "red.png")
+    (tmp_path / "rows.jsonl").write_text('{"image": "red.png", "question": "colour", "answers": ["a red"]}\n' * 3)
+    call(capsys, "tune", bundle, "--max-drop", "0", "--data", tmp_path / "rows.jsonl")
+    _, _, err = call(capsys, "index", bundle, tmp_path / "red.png", "--out", tmp_path / "index")
+    assert "as tuned" in err
+    assert f"{bundle}: as tuned, backend ort" in call(capsys, "search", tmp_path / "index", "red")[2]
+    assert "as tuned" not in call(capsys, "search", tmp_path / "index", "red", "--backend", "ort")[2]
+    bundle.rename(tmp_path / "moved")
+    code, out, err = call(capsys, "search", tmp_path / "index", "red", "--bundle", tmp_path / "moved")
+    assert code == 0 and "red.png" in out and f"{tmp_path / 'moved'}: as tuned" in err
 
 
 def test_rows_and_json(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,5 +111,5 @@ def test_flags_decide_alone(bundle: Path, capsys: pytest.CaptureFixture[str]) ->
     (bundle / TUNED).write_text(json.dumps(record))
     assert device_for(bundle, None, None, None) == Device("ort", "cpu", 3)
     assert device_for(bundle, None, None, 1) == Device("ort", "cpu", 1)
-    assert device_for(bundle, "ort", None, None) == device_for(None, None, None, None) == Device()
+    assert device_for(bundle, "ort", None, None) == device_for(bundle / "none", None, None, None) == Device()
     assert device_for(bundle, None, "cuda", None) == Device("ort", "cuda")

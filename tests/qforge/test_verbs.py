@@ -82,6 +82,30 @@ def test_a_broken_image_is_one_sentence(bundle: Path, tmp_path: Path, capsys: py
     assert "broken.png" in err
 
 
+@pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["whole", "streamed"])
+def test_what_is_wrong_with_one_request_costs_that_alone(
+    bundle: Path, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], stream: tuple[str, ...]
+) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"?")
+    expected = [call(capsys, "caption", bundle, picture)[1] for picture in pictures]
+    mixed = [broken, pictures[0], broken, pictures[1]]
+    code, out, err = call(capsys, "caption", bundle, *mixed, *stream)
+    assert code == 2
+    lines = [f"{path}: {text}" for path, text in zip(pictures, expected, strict=True)]
+    assert [line for line in out.splitlines() if line] == [line.rstrip("\n") for line in lines]
+    sentence = f"{broken}: expected an image (JPEG, PNG, WebP, GIF, TIFF, BMP …), found other data"
+    assert err.splitlines() == 2 * [sentence]
+    code, out, _ = call(capsys, "caption", bundle, *mixed, *stream, "--json")
+    found = json.loads(out.splitlines()[-1])
+    assert code == 2 and [one["image"] for one in found["results"]] == [str(picture) for picture in pictures]
+    assert found["refused"] == 2 * [{"image": str(broken), "question": None, "error": sentence}]
+    code, out, err = call(capsys, "vqa", bundle, pictures[0], "colour", "", "opposite colour", *stream)
+    assert (code, len(out.split("\n"))) == (2, 3 + bool(stream)) and err == "question: expected words, found ''\n"
+    code, out, err = call(capsys, "caption", bundle, *pictures, "--max-new-tokens", "99", *stream)
+    assert (code, out, len(err.splitlines())) == (2, "", 1), "what is wrong with all of them is said once"
+
+
 def test_a_changed_byte_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tiny_bundle(tmp_path / "bundle")
     graph = sorted((tmp_path / "bundle").rglob("*.onnx"))[0]
@@ -159,7 +183,7 @@ def test_streamed_text_is_the_text(bundle: Path, pictures: list[Path], capsys: p
     assert call(capsys, "vqa", bundle, pictures[0], "what colour?", "--stream")[:2] == (0, plain)
     _, out, _ = call(capsys, "vqa", bundle, pictures[0], "what colour?", "opposite?", "--stream", "--json")
     *pieces, last = [json.loads(line) for line in out.splitlines()]
-    assert set(last) == {"results", "cache"}
+    assert set(last) == {"results", "refused", "cache"} and last["refused"] == []
     for result in last["results"]:
         own = [piece for piece in pieces if piece["question"] == result["question"]]
         assert [set(piece) for piece in own] == [{"image", "question", "piece", "token_ids"}] * 3, "two words, an end"

@@ -10,6 +10,7 @@ from PIL import Image
 from qforge.cli import app
 from runtime import disk_cache
 from tests.runtime.conftest import write_tiny_bundle
+from tests.runtime.retrieval_bundle import write_retrieval_bundle
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,18 @@ def found(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[st
     assert code == 0, err
     result: dict[str, Any] = json.loads(out.splitlines()[-1])
     return result
+
+
+def test_what_only_searches_is_warmed_too(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An index then costs no vision."""
+    searches, seen = write_retrieval_bundle(tmp_path / "searches"), tmp_path / "seen"
+    warmed = found(capsys, "cache", "warm", searches, photos, "--cache-dir", seen)
+    assert (warmed["images"], warmed["new"], warmed["cache"]["disk"]["writes"]) == (3, 3, 6)
+    assert found(capsys, "cache", "warm", searches, photos, "--cache-dir", seen)["new"] == 0
+    made = found(capsys, "index", searches, photos, "--out", tmp_path / "index", "--cache-dir", seen)
+    assert (made["cache"]["disk"]["hits"], made["cache"]["disk"]["misses"]) == (6, 0)
+    code, _, err = call(capsys, "cache", "warm", searches, photos, "--cache-dir", seen, "--image-size", "16")
+    assert (code, err) == (2, f"image_size: {searches} searches at the size it was trained at; leave it out\n")
 
 
 def test_warm_info_clear(bundle: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

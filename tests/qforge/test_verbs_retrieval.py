@@ -57,6 +57,23 @@ def test_search_finds_the_picture(world: Path, capsys: pytest.CaptureFixture[str
     assert "match" not in out
 
 
+def test_images_in_a_cache_are_not_looked_at_again(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By an index made anew, and by searches of a small index, which keeps no embeddings of its own."""
+    code, out, _ = call(capsys, "index", "bundle", "photos", "--out", "idx", "--small", "--cache-dir", "seen", "--json")
+    disk = found(out)["cache"]["disk"]
+    assert (code, disk["hits"], disk["writes"]) == (0, 0, 8), "features and embeddings of four images"
+    expected = call(capsys, "search", "idx", "a green photo", "--json")[1]
+    assert "cache" not in found(expected)
+    code, out, _ = call(capsys, "search", "idx", "a green photo", "--cache-dir", "seen", "--json")
+    disk = found(out)["cache"]["disk"]
+    assert (code, disk["hits"], disk["misses"], disk["writes"]) == (0, 8, 0, 0)
+    assert found(out)["results"] == found(expected)["results"]
+    call(capsys, "index", "bundle", "photos", "--out", "again", "--cache-dir", "seen")
+    call(capsys, "index", "bundle", "photos", "--out", "fresh")
+    for file in ("features.bin", "image_embeds.bin"):
+        assert Path("again", file).read_bytes() == Path("fresh", file).read_bytes()
+
+
 def test_texts_are_found_for_a_picture(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, _ = call(capsys, "index", "bundle", "texts.txt", "set.jsonl", "--texts", "--out", "idx")
     assert code == 0
@@ -124,6 +141,10 @@ def test_wrong_use_is_one_sentence(world: Path, capsys: pytest.CaptureFixture[st
             "photos: expected a manifest (.jsonl) or a text",
         ),
         (["index", "bundle", "texts.txt", "--texts", "--small", "--out", "no"], "--small: an index of texts keeps no"),
+        (
+            ["index", "bundle", "texts.txt", "--texts", "--cache-dir", "c", "--out", "no"],
+            "--cache-dir: an index of texts",
+        ),
         (["index", "bundle", "latin.txt", "--texts", "--out", "no"], "latin.txt: expected UTF-8 text"),
         (["index", "bundle", "photos", "--out", "mine"], "mine holds files but no index.json"),
         (["caption", "bundle", "photos/red.png"], "bundle: this bundle searches and cannot answer"),

@@ -11,7 +11,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from runtime.backends import Device, available_backends, cores, ort_memory
+from runtime import cores
+from runtime.backends import Device, available_backends, ort_memory
 from runtime.backends.ort import OrtEngine
 from runtime.bundle import read_bundle
 from runtime.errors import BackendUnavailable, BundleError, InputError
@@ -29,9 +30,10 @@ def test_onnxruntime_is_present():
 
 
 @pytest.mark.parametrize("graph", ["vision", "qformer", "embed", "language"])
-@pytest.mark.parametrize("backend", ["ort"])  # trt: tests/runtime/trt, which stands in for the GPU
-@pytest.mark.parametrize("mapped", [False, True])
-def test_a_backend_keeps_the_contract(bundle, backend, graph, mapped):
+@pytest.mark.parametrize(("backend", "mapped"), [("ort", False), ("ort", True), ("openvino", False)])
+def test_a_backend_keeps_the_contract(bundle, backend, graph, mapped, tmp_path, monkeypatch):
+    """trt: tests/runtime/trt, beside a stand-in for the GPU."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     entry = bundle.manifest.graphs[graph]
     with Device(backend, threads=1, mapped=mapped).open(bundle, graph) as engine:
         assert engine.inputs() == {name: spec.shape for name, spec in entry.inputs.items()}
@@ -186,7 +188,7 @@ def test_mapped_weights_stay_in_their_file(tmp_path):
 
 
 def test_refusals(bundle):
-    with pytest.raises(InputError, match="expected one of ort, trt, found 'cuda'"):
+    with pytest.raises(InputError, match="expected one of ort, openvino, trt, found 'cuda'"):
         Device("cuda").open(bundle, "vision")
     with pytest.raises(InputError, match="threads: expected at least 1, found 0"):
         Device(threads=0).open(bundle, "vision")

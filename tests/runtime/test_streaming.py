@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -19,6 +20,8 @@ TEXTS = [
     "naïve café, 日本語 ok 😀😀 end",
     "don't stop . now , please !",
     "one\nline é\nand another  with   spaces ",
+    "猫在桌子上。一只 red 猫、and a 犬",
+    "ねこが机の上に、カップがある",
     "😀",
     "",
 ]
@@ -33,9 +36,8 @@ def byte_level() -> Tokenizer:
 
 def byte_fallback() -> Tokenizer:
     """Llama's way: marked spaces, and bytes for what is not in the vocabulary."""
-    vocabulary = {
-        token: number for number, token in enumerate([*BYTES, "▁", *"abcdefghijklmnopqrstuvwxyz.,!'", "<unk>"])
-    }
+    letters = "abcdefghijklmnopqrstuvwxyz.,!'猫在桌子上。"
+    vocabulary = {token: number for number, token in enumerate([*BYTES, "▁", *letters, "<unk>"])}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -45,8 +47,10 @@ def byte_fallback() -> Tokenizer:
 def word_piece() -> Tokenizer:
     """Its decoder takes spaces back before punctuation."""
     words = "[UNK] a red circle left of blue square don ' t stop . now , please ! one line and another with ##s ##top"
+    words += " 猫 在 桌 子 上 。 ##猫"
     vocabulary = {word: number for number, word in enumerate(words.split())}
     tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()  # puts Chinese characters apart
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
     return tokenizer
 
@@ -81,13 +85,41 @@ def test_any_tokens_whatever(tokenizer: TextTokenizer) -> None:
     size = len(tokenizer._tokenizer.get_vocab())
     for _ in range(300):
         ids = rng.integers(0, size, rng.integers(0, 25)).tolist()
-        spaces = tokenizer.encode("a .")  # often enough to release what is held back
-        check(tokenizer, [token for one in ids for token in (one, *(spaces if rng.random() < 0.3 else []))])
+        for release in ("a .", "猫"):  # often enough to release what is held back
+            more = tokenizer.encode(release)
+            check(tokenizer, [token for one in ids for token in (one, *(more if rng.random() < 0.3 else []))])
 
 
 def test_words_come_as_they_are_said(tokenizer: TextTokenizer) -> None:
     pieces = check(tokenizer, tokenizer.encode(TEXTS[0]))
     assert [piece.strip() for piece in pieces] == TEXTS[0].split()[:-1], "all but the last, which may go on"
+
+
+def test_words_without_spaces_come_as_transformers_streams_them(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    """`TextStreamer` shows Chinese as it comes, and so do we; kana and punctuation too, which it waits with."""
+    from transformers import PreTrainedTokenizerFast, TextStreamer
+
+    class Streamer(TextStreamer):
+        shown = ""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.shown += text
+
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), clean_up_tokenization_spaces=False
+    )
+    for text in ("猫在桌子上。", "猫在桌子上 now 猫", "桌子 and 猫在上。"):
+        streamer, steady, shown = Streamer(theirs, skip_special_tokens=True), SteadyText(tokenizer), ""
+        compared = 0
+        for token in tokenizer.encode(text):
+            streamer.put(torch.tensor([token]))
+            shown += steady.put(token)
+            if streamer.shown and streamer.shown[-1] in "猫在桌子上":
+                assert shown.strip("。") == streamer.shown.strip()
+                compared += 1
+        assert compared >= 4
+    pieces = check(tokenizer, tokenizer.encode("猫在桌子上。"))
+    assert [piece.strip() for piece in pieces] == [*"猫在桌子上。"], "one by one"
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from export import trace
 from export.graphs import Graph
 from export.precision.activations import require_symmetric
+from export.precision.fuse import fuse
 from export.precision.weights import gemm_to_matmul, write_nbits
 from runtime.bundle import Bundle
 from runtime.errors import CheckFailed
@@ -113,6 +114,7 @@ def test_external_weights_stay_in_a_plain_file(
     before = data.stat().st_size
     monkeypatch.setattr(trace, "LARGEST_SINGLE_FILE_BYTES", 0)
     assert write_nbits(file, (), bits=8) == []
+    fuse(file)
     assert data.is_file()
     assert data.stat().st_size < 0.6 * before
     quantised = onnx.load(file)

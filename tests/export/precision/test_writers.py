@@ -18,7 +18,7 @@ from export.precision.kept import ASKED
 from export.precision.plan import write_precision, writers_for
 from export.precision.ranges import largest_values
 from export.precision.rules import LIMIT
-from export.precision.weights import BLOCKS, _narrowed
+from export.precision.weights import BLOCKS, _narrowed, write_nbits
 from runtime.bundle import Bundle
 from runtime.errors import DataError
 from runtime.precision import LanguagePrecision, Precision, Target
@@ -148,3 +148,21 @@ def test_int4_loses_less_than_with_the_largest_weight_as_its_range(block: int) -
     ]
     assert errors[0] < 0.98 * errors[1]
     assert np.abs(whole.astype(np.int8)).max() <= 7
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_onnxruntime_multiplies_with_the_narrowed_weights(tmp_path: Path, bits: int) -> None:
+    rng = np.random.default_rng(0)
+    matrix_KN = rng.normal(size=(256, 256)).astype(np.float32)
+    x_1K = rng.normal(size=(1, 256)).astype(np.float32)
+    file = write_graph(
+        tmp_path / "g.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")], {"w": matrix_KN}, 256
+    )
+    assert write_nbits(file, (), bits=bits) == []
+    (node,) = onnx.load(file).graph.node
+    block = next(attribute.i for attribute in node.attribute if attribute.name == "block_size")
+    assert block == {8: 256, 4: 128}[bits]
+    whole_KN, scale = _narrowed(matrix_KN, bits, block)
+    expected = x_1K @ (whole_KN.astype(np.float32).reshape(-1, block, 256) * scale[:, None]).reshape(256, 256)
+    found = run_graph(file, {"x": x_1K})["y"]
+    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())  # x is rounded to 8 bits too
