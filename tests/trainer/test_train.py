@@ -75,9 +75,9 @@ class Killed(BaseException):
     """Stands for a process that ends between two steps."""
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_resumed_equals_uninterrupted(stage, model_config, data, tmp_path, monkeypatch) -> None:
-    whole = run(stage, model_config, data, tmp_path / "whole")
+@pytest.mark.parametrize(("stage", "changes"), [*((stage, {}) for stage in STAGES), ("stage1", {"itc_queue": 16})])
+def test_resumed_equals_uninterrupted(stage, changes, model_config, data, tmp_path, monkeypatch) -> None:
+    whole = run(stage, model_config, data, tmp_path / "whole", **changes)
     step, seen = Stepper.step, []
 
     def dying(self, number, indices, draws):
@@ -88,9 +88,9 @@ def test_resumed_equals_uninterrupted(stage, model_config, data, tmp_path, monke
 
     monkeypatch.setattr(Stepper, "step", dying)
     with pytest.raises(Killed):
-        run(stage, model_config, data, tmp_path / "cut")
+        run(stage, model_config, data, tmp_path / "cut", **changes)
     assert not (tmp_path / "cut").exists()
-    cut = run(stage, model_config, data, tmp_path / "cut")
+    cut = run(stage, model_config, data, tmp_path / "cut", **changes)
     assert seen == [0, 1, 2, 3, 4, 4, 5], "training goes on from the resume point at step 4"
     assert sha256_of(cut / "model.safetensors") == sha256_of(whole / "model.safetensors")
     assert json.loads((cut / "metrics.json").read_text()) == json.loads((whole / "metrics.json").read_text())
