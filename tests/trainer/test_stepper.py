@@ -129,14 +129,14 @@ def train(model: ModelConfig, data: ResolvedData, out: Path, **changes: Any) -> 
 def test_a_failed_step_leaves_a_checkpoint_its_images_and_a_resume_point(
     model_config: ModelConfig, data: ResolvedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = plans.CaptionObjective.loss, list[int]()
+    real, calls = plans.Stage2.loss, list[int]()
 
     def poisoned(self: Any, *arguments: Any) -> tuple[Tensor, dict[str, float]]:
         calls.append(1)
         loss, figures = real(self, *arguments)
         return (loss * float("nan") if len(calls) == 4 else loss), figures
 
-    monkeypatch.setattr(plans.CaptionObjective, "loss", poisoned)
+    monkeypatch.setattr(plans.Stage2, "loss", poisoned)
     with pytest.raises(TrainingFailed, match=r"the loss is nan at step 4 of 4.*nothing is lost"):
         train(model_config, data, tmp_path / "out", save_every=100)
     failed = tmp_path / "stage2-failed-at-step-4"
