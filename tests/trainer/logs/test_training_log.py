@@ -4,7 +4,6 @@ import builtins
 import json
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,8 @@ from qforge.recipe import Recipe
 from runtime.errors import BackendUnavailable
 from runtime.progress import Progress
 from trainer import train
-from trainer.config import STAGES, ModelConfig, Stage1Config, Stage2Config, StageConfig, StageName
-from trainer.data import FeatureStore, ResolvedData
+from trainer.config import STAGES, DataConfig, ModelConfig, Stage1Config, Stage2Config, StageConfig, StageName
+from trainer.data import FeatureStore, ResolvedData, resolve
 from trainer.logs.journal import read_journal
 from trainer.ranks import Ranks
 from trainer.stepper import Stepper
@@ -133,7 +132,7 @@ def test_images_that_cannot_be_read_are_told_of(model_config, data, world, tmp_p
     copy = tmp_path / "world"
     shutil.copytree(world, copy)
     (copy / "images" / "train-00003.png").write_bytes(b"not a picture")
-    damaged = replace(data, captions_train=copy / data.captions_train.name)
+    damaged = resolve(DataConfig(), copy)
     out = train_one("stage1", Stage1Config(**SHORT), model_config, damaged, tmp_path / "out")
     last = read_journal(out / "training.jsonl")[-1]
     assert (last["event"], last["step"]) == ("broken_images", 12)
@@ -176,7 +175,7 @@ def test_images_that_tell_nothing_alarm_at_a_normal_rate(model_config, data, wor
     shutil.copytree(world, copy)
     for image in (copy / "images").glob("train-*.png"):
         Image.new("RGB", (32, 32), (128, 128, 128)).save(image)
-    grey = replace(data, captions_train=copy / data.captions_train.name)
+    grey = resolve(DataConfig(), copy)
     config = Stage1Config(**COLLAPSED, learning_rate=1e-3, itg_weight=0)
     out = train_one("stage1", config, model_config, grey, tmp_path / "out")
     alarms = {alarm["kind"]: alarm for alarm in json.loads((out / "metrics.json").read_text())["alarms"]}
