@@ -58,6 +58,8 @@ class Graph:
     what comes of an empty row differs from engine to engine."""
     opset: int = OPSET
     """ONNX operator set it is traced at."""
+    looks_up: bool = False
+    """Whether it reads a few rows of its weights and computes nothing."""
 
     def run_eager(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """What PyTorch gives: the slow path that judges the traced graph."""
@@ -160,7 +162,7 @@ def _qformer(model: Blip2) -> Graph:
 def _embed(model: Blip2) -> Graph:
     ids = InputPlan(torch.ones(BATCH, TOKENS, dtype=torch.long), {0: "batch", 1: "tokens"})
     module = EmbedGraph(model.language_model).eval()
-    return Graph("embed", module, {"input_ids": ids}, {"inputs_embeds": {0: "batch", 1: "tokens"}})
+    return Graph("embed", module, {"input_ids": ids}, {"inputs_embeds": {0: "batch", 1: "tokens"}}, looks_up=True)
 
 
 def _language(model: Blip2) -> Graph:

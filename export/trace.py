@@ -19,6 +19,8 @@ from runtime.errors import CheckFailed
 from runtime.manifest import TensorSpec
 
 LARGEST_SINGLE_FILE_BYTES = 1 << 30
+LARGEST_TABLE_BYTES = 1 << 24
+"""Of a graph that looks up rows: beside the graph an engine maps its weights, and has in memory only what it read."""
 ONNX_FOLDER = "onnx"
 DATA_SUFFIX = ".data"
 
@@ -56,7 +58,8 @@ def trace(graph: Graph, folder: Path) -> Path:
     _forget_origin(program.model)
     constants = (value.const_value for value in program.model.graph.initializers.values())
     weights_bytes = sum(int(constant.nbytes) for constant in constants if constant is not None)
-    program.save(file, external_data=weights_bytes > LARGEST_SINGLE_FILE_BYTES)
+    largest = LARGEST_TABLE_BYTES if graph.looks_up else LARGEST_SINGLE_FILE_BYTES
+    program.save(file, external_data=weights_bytes > largest)
     check(file)
     return file
 
