@@ -23,7 +23,7 @@ from benchmarks.results import json_text
 from runtime.errors import CheckFailed, InputError
 from runtime.files import write_text_atomic
 from runtime.progress import Progress
-from trainer.config import DemoWorldConfig
+from trainer.data_config import DemoWorldConfig
 from trainer.demo_world import write_demo_world
 
 IMAGES = 4

@@ -33,12 +33,13 @@ from runtime.estimates import percentile, ratio_of_medians
 from runtime.files import write_text_atomic
 from runtime.preprocess import PreprocessSettings
 from trainer.blip2 import Blip2, TextBatch
-from trainer.config import DEMO, ModelConfig, QFormerConfig, Stage1Config
+from trainer.config import DEMO, ModelConfig, QFormerConfig
 from trainer.draws import StepDraws
 from trainer.negatives import Pairs
 from trainer.optimiser import make_optimiser
 from trainer.ranks import Ranks
 from trainer.stage1 import Stage1
+from trainer.stage_config import Stage1Config
 from trainer.towers import VisionTower, load_tokenizer
 
 MODULE = "benchmarks.stage1_speed"

@@ -25,11 +25,13 @@ from runtime.packed import piece_of
 from runtime.precision import Precision
 from runtime.preprocess import load_image
 from runtime.progress import Progress
-from trainer.config import DEMO, FeaturesConfig, ModelConfig, StageConfig, StageName
+from trainer.config import DEMO, ModelConfig, StageName
+from trainer.data_config import FeaturesConfig
 from trainer.sources.check import LOOKED_THROUGH, look_at, sampled
 from trainer.sources.convert import as_manifest, files_behind
 from trainer.sources.rows import ManifestRows
 from trainer.sources.source import Source, resolve_source
+from trainer.stage_config import StageConfig
 
 if TYPE_CHECKING:
     from trainer.data import FeatureSource

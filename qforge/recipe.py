@@ -20,18 +20,9 @@ from benchmarks.config import BenchConfig
 from export.config import ExportConfig
 from runtime.errors import InputError, MissingFile
 from runtime.settings import Settings
-from trainer.config import (
-    STAGES,
-    CaptionConfig,
-    DataConfig,
-    ModelConfig,
-    RetrievalConfig,
-    Stage1Config,
-    Stage2Config,
-    StageConfig,
-    StageName,
-    VqaConfig,
-)
+from trainer.config import STAGES, ModelConfig, StageName
+from trainer.data_config import DataConfig
+from trainer.stage_config import CaptionConfig, RetrievalConfig, Stage1Config, Stage2Config, StageConfig, VqaConfig
 
 
 class Recipe(Settings):

@@ -16,7 +16,8 @@ from qforge.run import Finished, Start, stage_folder, stages_to
 from qforge.run import run as run_recipe
 from runtime.errors import InputError, require
 from runtime.progress import Progress
-from trainer.config import Format, StageName
+from trainer.config import StageName
+from trainer.data_config import Format
 from trainer.sources.check import check_source
 from trainer.sources.detect import format_of
 from trainer.sources.source import ALL, Source

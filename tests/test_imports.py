@@ -82,7 +82,17 @@ def test_the_face_is_free() -> None:
     )
 
 
-@pytest.mark.parametrize("module", ["trainer.config", "export.config", "benchmarks.config", "qforge.recipe"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "trainer.config",
+        "trainer.data_config",
+        "trainer.stage_config",
+        "export.config",
+        "benchmarks.config",
+        "qforge.recipe",
+    ],
+)
 def test_reading_a_recipe_loads_nothing_heavy(module: str) -> None:
     in_fresh_python(
         f"import sys, {module}\n"

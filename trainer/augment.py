@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from runtime.preprocess import PreprocessSettings
-from trainer.config import AugmentConfig
+from trainer.data_config import AugmentConfig
 
 ASPECT = (3 / 4, 4 / 3)
 """Width by height of a crop, from and to, drawn evenly in its logarithm."""

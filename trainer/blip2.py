@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from runtime.errors import CheckpointError
 from runtime.preprocess import PreprocessSettings
 from trainer.bridge import PARTS, Bridge, Part
-from trainer.config import ModelConfig, SpeakingConfig, StageConfig
+from trainer.config import ModelConfig
 from trainer.language import Style, end_tokens, load_language, pad_token, style_of
 from trainer.mapped import map_weights
+from trainer.stage_config import SpeakingConfig, StageConfig
 from trainer.towers import VisionTower, load_text_tokenizer, load_tokenizer, load_vision
 
 

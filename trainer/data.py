@@ -20,7 +20,7 @@ from runtime.errors import DataError, ImageError, InputError, MissingFile
 from runtime.preprocess import preprocess
 from runtime.progress import Progress
 from runtime.text import MAX_WORDS
-from trainer.config import AugmentConfig, DataConfig, SourceConfig
+from trainer.data_config import AugmentConfig, DataConfig, SourceConfig
 from trainer.draws import StepDraws
 from trainer.order import mixed_rows_at
 from trainer.pixels import TRIES, WORKERS, PixelReader

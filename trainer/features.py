@@ -23,8 +23,8 @@ from torch import Tensor
 from runtime.errors import ImageError, InputError
 from runtime.preprocess import preprocess
 from runtime.progress import Progress
-from trainer.config import FeaturesConfig
 from trainer.data import ENCODE_BATCH, encode
+from trainer.data_config import FeaturesConfig
 from trainer.feature_cache import FeatureCache, Halves, Statistics
 from trainer.feature_key import encoded, image_digest, tower_facts
 from trainer.pixels import WORKERS, Pixels

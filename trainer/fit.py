@@ -10,13 +10,14 @@ import torch
 
 from runtime.progress import Bar, Progress
 from trainer.blip2 import Blip2
-from trainer.config import StageConfig, StageName
+from trainer.config import StageName
 from trainer.draws import StepDraws
 from trainer.ema import Ema
 from trainer.guard import stop
 from trainer.plans import STAGE_KINDS, Plan
 from trainer.ranks import Ranks
 from trainer.resume import OptimiserState, Progressed, ResumePoints, Stateful
+from trainer.stage_config import StageConfig
 from trainer.stepper import Stepped, Stepper
 from trainer.watch import StepReport, Watcher, watched
 

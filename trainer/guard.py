@@ -9,9 +9,9 @@ from runtime.errors import QforgeError
 from runtime.files import atomic_folder
 from trainer.blip2 import Blip2
 from trainer.checkpoint import write_checkpoint
-from trainer.config import StageConfig
 from trainer.ranks import Ranks
 from trainer.shard import whole
+from trainer.stage_config import StageConfig
 from trainer.stepper import Stepped
 
 

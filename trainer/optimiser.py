@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from trainer.blip2 import Blip2
-from trainer.config import StageConfig
 from trainer.layer_decay import layer_scales
+from trainer.stage_config import StageConfig
 
 SCALE = "scale"
 """Entry of a parameter group: its rate in units of the schedule's."""

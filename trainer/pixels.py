@@ -15,7 +15,7 @@ from runtime.dataset import Row
 from runtime.errors import DataError, ImageError, MissingFile
 from runtime.preprocess import PreprocessSettings, load_image, preprocess, to_pixels
 from trainer.augment import augmented
-from trainer.config import AugmentConfig
+from trainer.data_config import AugmentConfig
 from trainer.draws import StepDraws
 
 WORKERS = min(8, os.cpu_count() or 1)

@@ -14,7 +14,7 @@ from runtime.evaluate import evaluate
 from runtime.progress import Progress
 from trainer.blip2 import Blip2
 from trainer.bridge import Part
-from trainer.config import RetrievalConfig, Stage1Config, Stage2Config, StageConfig, StageName, VqaConfig
+from trainer.config import StageName
 from trainer.data import FeatureSource, ImageRows, ResolvedData
 from trainer.demo_world import scorers_for
 from trainer.draws import StepDraws
@@ -26,6 +26,7 @@ from trainer.reranking import reranked_recall
 from trainer.resume import Stateful
 from trainer.speaking import CaptionObjective, Stage2, VqaObjective
 from trainer.stage1 import Stage1
+from trainer.stage_config import RetrievalConfig, Stage1Config, Stage2Config, StageConfig, VqaConfig
 
 EVAL_BATCH = 64
 

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from runtime.errors import InputError
 from trainer.blip2 import Blip2
-from trainer.config import StageConfig
 from trainer.ranks import Ranks
+from trainer.stage_config import StageConfig
 
 
 def spread(stage: str, model: Blip2, config: StageConfig, ranks: Ranks) -> None:

@@ -8,13 +8,13 @@ from torch import Tensor
 from runtime.dataset import Row
 from runtime.text import normalise_caption
 from trainer.blip2 import Blip2, text_batch
-from trainer.config import Stage2Config
 from trainer.data import ImageRows
 from trainer.draws import StepDraws
 from trainer.generative import language_loss, query_states, said_loss
 from trainer.losses import itc_loss, same_image, similarities
 from trainer.ranks import Ranks
 from trainer.stage1 import number_of
+from trainer.stage_config import Stage2Config
 from trainer.targets import Target, caption_target, question_target, split_target, turn_target
 
 

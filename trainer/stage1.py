@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from runtime.text import normalise_caption
 from trainer.blip2 import Blip2, TextBatch, text_batch
-from trainer.config import Stage1Config
 from trainer.data import ImageRows
 from trainer.draws import StepDraws
 from trainer.losses import generation_loss, itc_loss, same_image, similarities
@@ -25,6 +24,7 @@ from trainer.packed import Lookers
 from trainer.qformer import ImageKeys
 from trainer.ranks import Ranks
 from trainer.stage1_metrics import measure
+from trainer.stage_config import Stage1Config
 
 
 # Shape letters: b rows of a part, B rows of this process, N rows of all processes, R rows of ITM (3 b), n image tokens,

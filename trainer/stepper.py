@@ -19,11 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 from runtime.errors import InputError
 from trainer import grad_cache
 from trainer.blip2 import Blip2
-from trainer.config import StageConfig
 from trainer.draws import StepDraws
 from trainer.optimiser import make_optimiser, set_rates
 from trainer.plans import Objective
 from trainer.ranks import Ranks
+from trainer.stage_config import StageConfig
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_SCALE = 2.0**-14

@@ -14,13 +14,14 @@ from trainer.bert import start_from_bert
 from trainer.blip2 import new_blip2
 from trainer.bridge import PARTS, Part
 from trainer.checkpoint import load_bridge, read_config, require_halves, write_checkpoint
-from trainer.config import ModelConfig, StageConfig, StageName
+from trainer.config import ModelConfig, StageName
 from trainer.data import FeatureSource, ResolvedData
 from trainer.fit import Fit
 from trainer.logs.training_log import TrainingLog
 from trainer.plans import STAGE_KINDS, Ingredients
 from trainer.ranks import Ranks
 from trainer.shard import spread, whole
+from trainer.stage_config import StageConfig
 from trainer.watch import Watcher
 
 

@@ -12,7 +12,7 @@ from runtime.progress import Progress
 from tests.tiny import write_tiny_halves
 from trainer.blip2 import new_blip2
 from trainer.checkpoint import write_checkpoint
-from trainer.config import DemoWorldConfig
+from trainer.data_config import DemoWorldConfig
 from trainer.demo_world import write_demo_world
 
 WORLD = DemoWorldConfig(train_scenes=48, val_scenes=12, test_scenes=12, questions_per_scene=3, image_size=32)

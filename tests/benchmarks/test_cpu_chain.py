@@ -9,7 +9,7 @@ from benchmarks import cpu_chain
 from benchmarks.bandwidth import reading_ms
 from benchmarks.cpu_chain import BACKENDS, BATCH, CASES, FORMS, PEERS, TOKENS, run
 from runtime.progress import Progress
-from trainer.config import DemoWorldConfig
+from trainer.data_config import DemoWorldConfig
 from trainer.demo_world import write_demo_world
 
 SETTINGS = (

@@ -18,7 +18,7 @@ from tests.export.family_exports import Family, family_exporter
 from tests.tiny import write_tiny_halves
 from trainer.blip2 import Blip2, new_blip2
 from trainer.checkpoint import load_checkpoint, write_checkpoint
-from trainer.config import DemoWorldConfig
+from trainer.data_config import DemoWorldConfig
 from trainer.demo_world import write_demo_world
 
 QUIET = Progress(quiet=True)

@@ -18,7 +18,8 @@ from tests.runtime.retrieval_bundle import write_retrieval_bundle
 from tests.tiny import write_tiny_halves
 from trainer.blip2 import new_blip2
 from trainer.checkpoint import write_checkpoint
-from trainer.config import DemoWorldConfig, ModelConfig
+from trainer.config import ModelConfig
+from trainer.data_config import DemoWorldConfig
 from trainer.demo_world import write_demo_world
 from trainer.towers import VisionTower
 

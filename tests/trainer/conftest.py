@@ -6,8 +6,9 @@ import pytest
 
 from runtime.progress import Progress
 from tests.tiny import write_tiny_halves
-from trainer.config import DataConfig, DemoWorldConfig, ModelConfig
+from trainer.config import ModelConfig
 from trainer.data import ResolvedData, resolve
+from trainer.data_config import DataConfig, DemoWorldConfig
 from trainer.demo_world import write_demo_world
 
 WORLD = DemoWorldConfig(train_scenes=48, val_scenes=12, test_scenes=12, questions_per_scene=3, image_size=32)

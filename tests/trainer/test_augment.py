@@ -6,7 +6,7 @@ from PIL import Image, ImageOps
 
 from runtime.preprocess import PreprocessSettings
 from trainer.augment import ASPECT, GREY, OPERATIONS, augmented, crop_box
-from trainer.config import AugmentConfig
+from trainer.data_config import AugmentConfig
 
 SETTINGS = PreprocessSettings(height=32, width=32, resample="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
 

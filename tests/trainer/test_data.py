@@ -15,12 +15,14 @@ from runtime.files import sha256_of
 from runtime.preprocess import preprocess
 from runtime.progress import Progress
 from trainer import data as data_module
-from trainer.config import AugmentConfig, DataConfig, ModelConfig, Stage2Config
+from trainer.config import ModelConfig
 from trainer.data import FeatureStore, ImageRows, encode, resolve
+from trainer.data_config import AugmentConfig, DataConfig
 from trainer.draws import StepDraws
 from trainer.pixels import PixelReader
 from trainer.ranks import Ranks
 from trainer.sources.rows import ManifestRows
+from trainer.stage_config import Stage2Config
 from trainer.stepper import Stepper
 from trainer.towers import VisionTower, load_vision
 from trainer.train import run_stage

@@ -15,7 +15,7 @@ from runtime.dataset_check import check_manifest
 from runtime.files import sha256_of
 from runtime.progress import Progress
 from runtime.scoring import question_prior
-from trainer.config import DemoWorldConfig
+from trainer.data_config import DemoWorldConfig
 from trainer.demo_world import scorers_for, write_demo_world
 from trainer.demo_world.draw import CLUTTER, draw
 from trainer.demo_world.halves import train_tokenizers

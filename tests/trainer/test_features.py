@@ -22,13 +22,15 @@ from runtime.files import sha256_of
 from runtime.progress import Progress
 from tests.tiny import write_tiny_halves
 from trainer.blip2 import Blip2
-from trainer.config import AugmentConfig, DataConfig, FeaturesConfig, ModelConfig, Stage1Config
+from trainer.config import ModelConfig
 from trainer.data import FeatureSource, FeatureStore, ImageRows, encode, resolve
+from trainer.data_config import AugmentConfig, DataConfig, FeaturesConfig
 from trainer.feature_cache import LEDGER, FeatureCache
 from trainer.feature_key import tower_facts
 from trainer.feature_shards import DIGEST_BYTES
 from trainer.features import CachedFeatures, cached_features
 from trainer.ranks import Ranks
+from trainer.stage_config import Stage1Config
 from trainer.towers import VisionTower, load_vision
 from trainer.train import run_stage
 from trainer.watch import StepReport, Watcher

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from trainer.blip2 import new_blip2
-from trainer.config import CaptionConfig, ModelConfig, Stage1Config
+from trainer.config import ModelConfig
 from trainer.optimiser import learning_rate, make_optimiser, set_rates
+from trainer.stage_config import CaptionConfig, Stage1Config
 
 SCHEDULE = dict(steps=100, batch_size=8, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1)
 

@@ -10,11 +10,12 @@ from runtime.dataset import Row
 from runtime.text import normalise_caption
 from tests.families import write_family
 from trainer.blip2 import Blip2, new_blip2, text_batch
-from trainer.config import ModelConfig, Stage2Config, VqaConfig
+from trainer.config import ModelConfig
 from trainer.draws import StepDraws
 from trainer.generative import language_loss
 from trainer.ranks import Ranks
 from trainer.speaking import Stage2, VqaObjective
+from trainer.stage_config import Stage2Config, VqaConfig
 from trainer.targets import Target, caption_target
 
 TARGETS = [

@@ -14,10 +14,11 @@ from runtime.dataset import Row
 from runtime.errors import DataError
 from tests.trainer.threads import together
 from trainer.blip2 import Blip2, new_blip2
-from trainer.config import ModelConfig, Stage1Config
+from trainer.config import ModelConfig
 from trainer.draws import StepDraws
 from trainer.ranks import Ranks
 from trainer.stage1 import Stage1
+from trainer.stage_config import Stage1Config
 
 WORDS = ("red", "green", "blue", "circle", "square", "small", "large", "above", "below", "three")
 ROWS = 12

@@ -15,11 +15,12 @@ from tests.trainer.together import SHORT, Notes
 from trainer import plans
 from trainer.blip2 import new_blip2
 from trainer.checkpoint import load_checkpoint
-from trainer.config import ModelConfig, Stage2Config
+from trainer.config import ModelConfig
 from trainer.data import FeatureStore, ResolvedData
 from trainer.draws import StepDraws
 from trainer.guard import TrainingFailed
 from trainer.ranks import Ranks
+from trainer.stage_config import Stage2Config
 from trainer.stepper import Stepper, clip, gradient_norm, rows_per_process
 from trainer.train import run_stage
 

@@ -15,23 +15,14 @@ from runtime.progress import Progress
 from trainer import plans, train
 from trainer.blip2 import Blip2
 from trainer.checkpoint import load_checkpoint
-from trainer.config import (
-    STAGES,
-    CaptionConfig,
-    DataConfig,
-    ModelConfig,
-    RetrievalConfig,
-    Stage1Config,
-    Stage2Config,
-    StageConfig,
-    StageName,
-    VqaConfig,
-)
+from trainer.config import STAGES, ModelConfig, StageName
 from trainer.data import FeatureStore, ResolvedData, resolve
+from trainer.data_config import DataConfig
 from trainer.guard import TrainingFailed
 from trainer.optimiser import learning_rate, make_optimiser
 from trainer.order import rows_at
 from trainer.ranks import Ranks
+from trainer.stage_config import CaptionConfig, RetrievalConfig, Stage1Config, Stage2Config, StageConfig, VqaConfig
 from trainer.stepper import Stepper
 from trainer.watch import StepReport, Watcher
 

@@ -13,22 +13,13 @@ import torch
 
 from runtime.progress import Progress
 from trainer.blip2 import Blip2
-from trainer.config import (
-    AugmentConfig,
-    DataConfig,
-    ModelConfig,
-    QFormerConfig,
-    RetrievalConfig,
-    Stage1Config,
-    Stage2Config,
-    StageConfig,
-    StageName,
-    VqaConfig,
-)
+from trainer.config import ModelConfig, QFormerConfig, StageName
 from trainer.data import FeatureStore, ResolvedData, resolve
+from trainer.data_config import AugmentConfig, DataConfig
 from trainer.guard import TrainingFailed
 from trainer.ranks import Ranks, join
 from trainer.speaking import Stage2
+from trainer.stage_config import RetrievalConfig, Stage1Config, Stage2Config, StageConfig, VqaConfig
 from trainer.stepper import Stepper
 from trainer.train import run_stage
 from trainer.watch import StepReport, Watcher

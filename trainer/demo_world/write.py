@@ -10,7 +10,7 @@ import numpy as np
 from runtime.dataset import Row
 from runtime.files import atomic_folder
 from runtime.progress import Progress
-from trainer.config import DemoWorldConfig
+from trainer.data_config import DemoWorldConfig
 from trainer.demo_world.draw import draw
 from trainer.demo_world.language import QuestionWriter, caption, caption_is_true
 from trainer.demo_world.scene import DEMO, Split, random_scenes, scene_from_json

@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from runtime.progress import Progress
 from trainer.blip2 import Blip2
-from trainer.config import StageConfig
 from trainer.logs.alarms import Alarm, Alarms
 from trainer.logs.board import FOLDER, Board
 from trainer.logs.flops import Peak, flop_counter, peak_of
 from trainer.logs.journal import FILE, Journal, Record
 from trainer.logs.lines import LossLines
+from trainer.stage_config import StageConfig
 from trainer.watch import StepReport, Watcher
 
 STATM = Path("/proc/self/statm")

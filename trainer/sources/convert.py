@@ -12,7 +12,7 @@ from typing import Any
 from runtime.dataset import Row, as_record, parse_record, read_manifest
 from runtime.dataset_check import manifest_entries
 from runtime.errors import DataError
-from trainer.config import Format
+from trainer.data_config import Format
 from trainer.sources.arrow import files_of, huggingface_entries
 from trainer.sources.cache import cached_folder
 from trainer.sources.detect import format_of

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import DataError, MissingFile
-from trainer.config import Format
+from trainer.data_config import Format
 from trainer.sources.json_files import read_json
 from trainer.sources.tars import shards_of
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import DataError
-from trainer.config import Format, SourceConfig
+from trainer.data_config import Format, SourceConfig
 
 ALL = "all"
 """Names every split at once."""

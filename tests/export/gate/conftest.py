@@ -20,7 +20,7 @@ from runtime.bundle import Bundle, write_manifest
 from tests.export.conftest import QUIET, Export
 from trainer.blip2 import Blip2, new_blip2
 from trainer.checkpoint import write_checkpoint
-from trainer.config import DemoWorldConfig
+from trainer.data_config import DemoWorldConfig
 from trainer.demo_world import write_demo_world
 from trainer.towers import new_vision_tower
 

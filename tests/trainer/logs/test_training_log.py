@@ -13,10 +13,12 @@ from qforge.recipe import Recipe
 from runtime.errors import BackendUnavailable
 from runtime.progress import Progress
 from trainer import train
-from trainer.config import STAGES, DataConfig, ModelConfig, Stage1Config, Stage2Config, StageConfig, StageName
+from trainer.config import STAGES, ModelConfig, StageName
 from trainer.data import FeatureStore, ResolvedData, resolve
+from trainer.data_config import DataConfig
 from trainer.logs.journal import read_journal
 from trainer.ranks import Ranks
+from trainer.stage_config import Stage1Config, Stage2Config, StageConfig
 from trainer.stepper import Stepper
 
 SHORT = dict(steps=12, batch_size=8, warmup_steps=2, eval_every=6, eval_items=8, save_every=5, log_every=2)
