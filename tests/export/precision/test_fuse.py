@@ -67,7 +67,7 @@ def test_every_attention_and_every_product_is_one_node(before_and_after):
     assert after["MatMulNBits"] == 4 * LAYERS + 1, (
         "query, key and value are one product; attention's own, two, the head"
     )
-    assert sum(after.values()) < 0.6 * sum(before.values())
+    assert sum(after.values()) < 0.7 * sum(before.values())
 
 
 @pytest.mark.parametrize(("rows", "new", "past"), [(1, 5, 0), (1, 1, 7), (3, 5, 0), (3, 1, 7), (1, 4, 7)])
