@@ -23,7 +23,7 @@ from runtime.files import sha256_of, write_json_atomic
 from runtime.precision import Precision
 from runtime.preprocess import load_image
 from runtime.progress import Progress
-from trainer.config import DEMO, DataConfig, ModelConfig
+from trainer.config import DEMO_FOLDERS, DataConfig, ModelConfig
 
 if TYPE_CHECKING:
     from trainer.data import FeatureStore
@@ -56,7 +56,8 @@ def fingerprint_data(recipe: Recipe, out: Path) -> dict[str, str]:
 def fingerprint_sources(model: ModelConfig) -> dict[str, str]:
     """Size and time of every file of halves that are local folders; the shipped ones count as code."""
     sources = [source for source in (model.vision, model.language, model.text_tokenizer) if source is not None]
-    folders = [Path(source) for source in sources if source != DEMO]
+    shipped = {source for _, source in DEMO_FOLDERS}
+    folders = [Path(source) for source in sources if source not in shipped]
     files = [file for folder in folders if folder.is_dir() for file in folder.rglob("*") if file.is_file()]
     return {str(file): _size_and_time(file) for file in files}
 
@@ -107,7 +108,8 @@ def build_halves(recipe: Recipe, folder: Path) -> None:
     require("torch", extra="train", why="Pre-training the halves")
     from trainer.demo_world.halves import build_halves
 
-    build_halves(recipe.model.demo_halves, folder, Progress())
+    made = recipe.model.shipped_halves().values()
+    build_halves(recipe.model.demo_halves, recipe.model.vqa_prompt, made, folder, Progress())
 
 
 def train_stage(

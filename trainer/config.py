@@ -13,6 +13,15 @@ from runtime.settings import Settings
 
 DEMO = "demo"
 """A source that names the small frozen halves shipped in `trainer/demo_halves/`."""
+DEMO_T5 = "demo-t5"
+"""A language model that names the shipped encoder-decoder; `demo` is decoder-only."""
+DEMO_FOLDERS = {
+    ("vision", DEMO): "vision",
+    ("language", DEMO): "language",
+    ("language", DEMO_T5): "language_t5",
+    ("text", DEMO): "text",
+}
+"""Half and source → folder below `trainer/demo_halves/`."""
 
 
 class QFormerConfig(Settings):
@@ -96,8 +105,8 @@ class ModelConfig(Settings):
     image_norm_eps: PositiveFloat = 1e-5
     """Epsilon of the trained LayerNorm on image features (LAVIS 1e-5; a Hugging Face BLIP-2 has 1e-6)."""
     language: str | None = DEMO
-    """Frozen language model, decoder-only or encoder-decoder: a local folder or hub id, or `demo`; null: none, for
-    retrieval alone."""
+    """Frozen language model, decoder-only or encoder-decoder: a local folder or hub id, `demo` (OPT-like) or `demo-t5`
+    (T5-like); null: none, for retrieval alone."""
     text_tokenizer: str | None = DEMO
     """Tokenizer of the Q-Former's text side (a BERT folder as published), or `demo`; null: no text side."""
     qformer: QFormerConfig = QFormerConfig()
@@ -114,6 +123,15 @@ class ModelConfig(Settings):
     """Longest caption or answer (tokens) unless a request says otherwise."""
     demo_halves: DemoHalvesConfig = DemoHalvesConfig()
     """How the shipped halves were made, and whether to make them again."""
+
+    def shipped_halves(self) -> dict[str, str]:
+        """Key → folder below `trainer/demo_halves/`, of the keys that name a shipped half."""
+        named = {
+            "vision": ("vision", self.vision),
+            "language": ("language", self.language),
+            "text_tokenizer": ("text", self.text_tokenizer),
+        }
+        return {key: DEMO_FOLDERS[half] for key, half in named.items() if half in DEMO_FOLDERS}
 
     @model_validator(mode="after")
     def _one_slot(self) -> "ModelConfig":

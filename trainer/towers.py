@@ -27,18 +27,23 @@ from transformers import (
     OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
 )
+from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.utils import logging as hf_logging
 
 from runtime.errors import CheckpointError, InputError, MissingFile
 from runtime.preprocess import PreprocessSettings
-from trainer.config import DEMO
+from trainer.config import DEMO_FOLDERS
 
 hf_logging.disable_progress_bar()  # a bar for a file read in milliseconds hides ours
 
 DEMO_HALVES = Path(__file__).parent / "demo_halves"
 INITIAL_EMBEDDING = 0.1
 """Size at which token and position embeddings of a new small language model start."""
+T5_ADDED = 0.3
+"""What is left of the size at which T5's layers start to add to the residual stream: that of the OPT-shaped model."""
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers, as preprocessor_config.json stores them."""
 
@@ -79,13 +84,14 @@ class VisionTower(nn.Module):
 
 
 def source_folder(source: str, half: str) -> str:
-    """Folder or hub id to load from; `demo` is the shipped half named `half` ("vision", "language", "text")."""
-    if source != DEMO:
+    """Folder or hub id to load from; `demo` and `demo-t5` are shipped halves (`half`: "vision", "language", "text")."""
+    shipped = DEMO_FOLDERS.get((half, source))
+    if shipped is None:
         return source
-    folder = DEMO_HALVES / half
+    folder = DEMO_HALVES / shipped
     if not folder.is_dir():
         raise MissingFile(
-            f"{folder} is missing: the demo half {half!r} is part of the package. "
+            f"{folder} is missing: the demo half {shipped!r} is part of the package. "
             f"Reinstall qforge, or make it again with --set model.demo_halves.rebuild=true"
         )
     return str(folder)
@@ -293,6 +299,60 @@ def new_language_model(
         embed_positions = model.model.decoder.embed_positions.weight
         embed_positions.copy_(INITIAL_EMBEDDING * _sinusoids(len(embed_positions), width))
     return model
+
+
+def new_encoder_decoder(
+    *, vocabulary: int, width: int, layers: int, decoder_layers: int, heads: int, end: int, pad: int
+) -> T5ForConditionalGeneration:
+    """A small T5-shaped language model with random weights; like T5 its decoder begins with the pad token.
+
+    T5's own start is made for Adafactor, whose steps grow with the weights. For Adam, whose steps do not, embeddings
+    and residual stream start as those of `new_language_model`, the last norm undoes the division of T5's logits by
+    sqrt(width), and the position biases, which would need a thousand steps to say "the word before", start with it.
+    """
+    config = T5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=width // heads,
+        d_ff=2 * width,
+        num_layers=layers,
+        num_decoder_layers=decoder_layers,
+        num_heads=heads,
+        dropout_rate=0.0,
+        eos_token_id=end,
+        pad_token_id=pad,
+        decoder_start_token_id=pad,
+    )
+    model = T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if name.endswith((".o.weight", ".wo.weight")):
+                added = 2 * layers if name.startswith("encoder") else 3 * decoder_layers
+                weights.mul_(T5_ADDED * added**-0.5)
+        model.shared.weight.mul_(INITIAL_EMBEDDING)
+        model.decoder.final_layer_norm.weight.fill_(width**0.5)
+        for stack in (model.encoder, model.decoder):
+            attention = stack.block[0].layer[0].SelfAttention
+            attention.relative_attention_bias.weight.copy_(_neighbours(attention))
+    return model
+
+
+def _neighbours(attention: T5Attention) -> Tensor:
+    """Position biases [buckets, heads]: of four heads one looks a word back and one, in an encoder, a word ahead.
+
+    They fall with the distance from that neighbour (ALiBi, arXiv 2108.12409), and no further than what a head can
+    learn to overcome; all layers share them. The other heads look everywhere.
+    """
+    farthest = attention.relative_attention_max_distance
+    offsets = torch.arange(-farthest, 1 if attention.is_decoder else farthest + 1)
+    buckets = attention._relative_position_bucket(
+        offsets, not attention.is_decoder, attention.relative_attention_num_buckets, farthest
+    )
+    biases = torch.zeros(attention.relative_attention_num_buckets, attention.n_heads)
+    for first, neighbour in ((1, -1),) if attention.is_decoder else ((1, -1), (2, 1)):
+        fall = -(2.0 * (offsets - neighbour).abs()).clamp(max=6.0)
+        biases[buckets, first::4] = fall[:, None]
+    return biases
 
 
 def _sinusoids(positions: int, width: int) -> Tensor:

@@ -1,0 +1,129 @@
+"""What the demo's language halves read in pre-training: the facts of one scene, then what follows from them.
+
+Both kinds of model are told the same documents. A decoder-only one reads a document from its beginning to its end. An
+encoder-decoder reads the facts and what is given in its encoder and says what follows in its decoder, as it later
+reads image prefix and prompt: a document with several notes in T5's way, each note's end taken out and said behind
+the number of its blank; a caption whole or, half the time, from a word before its midpoint on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from trainer.demo_world.language import QuestionWriter, caption, facts, notes
+from trainer.demo_world.scene import WIDE, Scene
+from trainer.demo_world.vocabulary import BLANKS, blank
+from trainer.language import split_caption
+
+Number = TypeVar("Number", int, float)
+
+DOCUMENT_TOKENS = 54
+"""What is read is cut here; notes fill up what the facts leave."""
+SAID_TOKENS = 32
+"""What an encoder-decoder says is cut here."""
+QUESTIONS = 4
+"""Questions asked about one scene, each in a document of its own."""
+NOTES = BLANKS
+"""Most notes in one document."""
+OPEN_WEIGHT, ANSWER_WEIGHT = 0.1, 4.0
+"""Weight of a token the facts do not decide (facts, wording of questions) and of an answer; what else is told has 1."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One scene as text: its facts, then what a reader of the facts can say."""
+
+    facts: str
+    told: tuple[tuple[str, str], ...]
+    """(what is given, what follows from it and the facts); nothing is given for a caption."""
+    weight: float
+    """How much a token of what follows counts."""
+
+    def texts(self) -> list[str]:
+        """Everything in it, for a tokenizer to learn from."""
+        return [self.facts, *(given + said for given, said in self.told)]
+
+
+def documents(scene: Scene, writer: QuestionWriter, rng: np.random.Generator, prompt: str) -> list[Document]:
+    """Short documents about a scene: a caption, questions one by one, and notes.
+
+    The notes ("the star blue small", "the stars: 2") are there for density: a dozen words in one document that only a
+    look into the facts decides. The model begins with them alone; without them it guesses among the colours it sees
+    for thousands of steps.
+    """
+    told = facts(scene)
+    made = [Document(told, (("", caption(scene)),), 1.0)]
+    for question in writer.ask(scene, QUESTIONS):
+        made.append(Document(told, ((prompt.format(question.text), f" {question.answer}"),), ANSWER_WEIGHT))
+    if len(scene.objects) > 1:
+        for page in notes(scene, rng, WIDE).values():
+            said = [note for i in rng.permutation(len(page)) for note in page[i]]
+            made.append(Document(told, tuple(said[:NOTES]), 1.0))
+    return made
+
+
+# Shape letters: N documents, S tokens read by an encoder, T tokens said
+@dataclass(frozen=True)
+class Lesson:
+    """Documents as tokens, padded on the right to one length."""
+
+    read_NS: Tensor | None
+    """What an encoder reads; None for a decoder-only model."""
+    said_NT: Tensor
+    weights_NT: Tensor
+    """How much each token said counts: what the facts decide counts more than what they do not, padding nothing."""
+
+    def rows(self, places: Tensor) -> "Lesson":
+        """The documents at `places`."""
+        read = None if self.read_NS is None else self.read_NS[places]
+        return Lesson(read, self.said_NT[places], self.weights_NT[places])
+
+
+def lesson_decoder_only(docs: Sequence[Document], tokenizer: PreTrainedTokenizerFast) -> Lesson:
+    """Each document from beginning to end; every text in it begins with </s>."""
+    ids, weights = list[list[int]](), list[list[float]]()
+    for doc in docs:
+        row = list(tokenizer(doc.facts).input_ids)
+        counts = [OPEN_WEIGHT] * len(row)
+        for given, said in doc.told:
+            heard, spoken = tokenizer(given).input_ids, tokenizer(said, add_special_tokens=False).input_ids
+            row += heard + spoken
+            counts += [OPEN_WEIGHT] * len(heard) + [doc.weight] * len(spoken)
+        ids.append([*row, tokenizer.eos_token_id])
+        weights.append([*counts, 1.0])
+    return Lesson(None, _padded(ids, DOCUMENT_TOKENS, tokenizer.pad_token_id), _padded(weights, DOCUMENT_TOKENS, 0.0))
+
+
+def lesson_encoder_decoder(
+    docs: Sequence[Document], tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator
+) -> Lesson:
+    """Each document in two halves: facts and what is given are read, what follows is said."""
+    read, ids, weights = list[list[int]](), list[list[int]](), list[list[float]]()
+    for doc in docs:
+        heard = list(tokenizer(doc.facts, add_special_tokens=False).input_ids)
+        spoken, counts = list[int](), list[float]()
+        for i, (given, said) in enumerate(doc.told):
+            if not given and rng.random() < 0.5:
+                given, said = split_caption(said, rng)
+            mark = [tokenizer.convert_tokens_to_ids(blank(i))] if len(doc.told) > 1 else []
+            said_ids = tokenizer(said.strip(), add_special_tokens=False).input_ids
+            heard += [*tokenizer(given, add_special_tokens=False).input_ids, *mark]
+            spoken += [*mark, *said_ids]
+            counts += [OPEN_WEIGHT] * len(mark) + [doc.weight] * len(said_ids)
+        read.append([*heard, tokenizer.eos_token_id])
+        ids.append([*spoken, tokenizer.eos_token_id])
+        weights.append([*counts, 1.0])
+    pad = tokenizer.pad_token_id
+    return Lesson(
+        _padded(read, DOCUMENT_TOKENS, pad), _padded(ids, SAID_TOKENS, pad), _padded(weights, SAID_TOKENS, 0.0)
+    )
+
+
+def _padded(rows: Sequence[Sequence[Number]], length: int, filler: Number) -> Tensor:
+    """[N, length], cut or padded on the right."""
+    return torch.tensor([[*row[:length], *[filler] * (length - len(row))] for row in rows])
