@@ -1,6 +1,6 @@
 """Pre-training of the demo's small language models: text alone, until answers are read off the facts."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -25,9 +25,11 @@ from trainer.demo_world.language import QuestionWriter
 from trainer.demo_world.optimise import optimise
 from trainer.demo_world.scene import WIDE, Split, random_scenes
 from trainer.demo_world.vocabulary import train_language_tokenizer
-from trainer.language import Style
+from trainer.language import Style, style_of
 from trainer.towers import new_encoder_decoder, new_language_model
 
+CAPTION_SPLITS = 1
+"""Seed of where an encoder-decoder is given captions' beginnings."""
 HELD_SCENES = 128
 """Val-split scenes that the models are asked about at the end."""
 
@@ -61,8 +63,8 @@ def pretrain_language(
     """Train tokenizer and model, save them in `out`; returns held-out weighted loss and answers read off the facts."""
     torch.manual_seed(config.seed)
     tokenizer = train_language_tokenizer(told.texts(), style)
-    model, lesson = _blank_model(style, tokenizer), _lesson_maker(style, tokenizer, config.seed)
-    train = lesson(told.train)
+    model = _blank_model(style, tokenizer)
+    train = _lesson(model, tokenizer, told.train)
     every = torch.arange(len(told.train))
     dense = torch.tensor([i for i, doc in enumerate(told.train) if len(doc.told) > 1])
     order, taken = torch.Generator().manual_seed(config.seed), count()
@@ -77,11 +79,18 @@ def pretrain_language(
     tokenizer.save_pretrained(out)
     model.float().eval()
     with torch.no_grad():
-        loss = float(_loss(model, lesson(told.held)))
-        asked = lesson([doc for doc in told.held if doc.weight == ANSWER_WEIGHT])
-        logits_NTV, said_NT, weights_NT = _predict(model, asked)
-        right = ((logits_NTV.argmax(-1) == said_NT) | (weights_NT != ANSWER_WEIGHT)).all(1)
-    return {"weighted_loss_nats": round(loss, 4), "answers_read_off_context": round(float(right.float().mean()), 4)}
+        loss = float(_loss(model, _lesson(model, tokenizer, told.held)))
+    answers = answers_read_off(model, tokenizer, told.held)
+    return {"weighted_loss_nats": round(loss, 4), "answers_read_off_context": round(answers, 4)}
+
+
+@torch.no_grad()
+def answers_read_off(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, docs: Sequence[Document]) -> float:
+    """Share of the questions among `docs` whose answer is the model's first choice after facts and question."""
+    asked = _lesson(model, tokenizer, [doc for doc in docs if doc.weight == ANSWER_WEIGHT])
+    logits_NTV, said_NT, weights_NT = _predict(model, asked)
+    right = ((logits_NTV.argmax(-1) == said_NT) | (weights_NT != ANSWER_WEIGHT)).all(1)
+    return float(right.float().mean())
 
 
 def _blank_model(style: Style, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -97,11 +106,10 @@ def _blank_model(style: Style, tokenizer: PreTrainedTokenizerFast) -> PreTrained
     return new_encoder_decoder(**common, layers=4, decoder_layers=2)
 
 
-def _lesson_maker(style: Style, tokenizer: PreTrainedTokenizerFast, seed: int) -> Callable[[list[Document]], Lesson]:
-    if style == "decoder-only":
-        return lambda docs: lesson_decoder_only(docs, tokenizer)
-    splits = np.random.default_rng([seed, 1])
-    return lambda docs: lesson_encoder_decoder(docs, tokenizer, splits)
+def _lesson(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, docs: Sequence[Document]) -> Lesson:
+    if style_of(model) == "decoder-only":
+        return lesson_decoder_only(docs, tokenizer)
+    return lesson_encoder_decoder(docs, tokenizer, np.random.default_rng(CAPTION_SPLITS))
 
 
 # Shape letters: N documents, S tokens read by an encoder, T tokens said, V vocabulary
