@@ -1,9 +1,10 @@
 """What the demo's language halves read in pre-training: the facts of one scene, then what follows from them.
 
 Both kinds of model are told the same documents. A decoder-only one reads a document from its beginning to its end. An
-encoder-decoder reads the facts and what is given in its encoder and says what follows in its decoder, as it later
-reads image prefix and prompt: a document with several notes in T5's way, each note's end taken out and said behind
-the number of its blank; a caption whole or, half the time, from a word before its midpoint on.
+encoder-decoder reads the facts in its encoder, and says the rest in its decoder: of a question the answer alone, for it
+reads the question behind the facts, as it later reads the prompt behind the image prefix; of a caption all or, half
+the time, what follows a word before its midpoint. Notes it says whole, what is given too: that is as dense a lesson as
+for the other.
 """
 
 from collections.abc import Sequence
@@ -17,18 +18,17 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.demo_world.language import QuestionWriter, caption, facts, notes
 from trainer.demo_world.scene import WIDE, Scene
-from trainer.demo_world.vocabulary import BLANKS, blank
 from trainer.language import split_caption
 
 Number = TypeVar("Number", int, float)
 
 DOCUMENT_TOKENS = 54
 """What is read is cut here; notes fill up what the facts leave."""
-SAID_TOKENS = 32
+SAID_TOKENS = 40
 """What an encoder-decoder says is cut here."""
 QUESTIONS = 4
 """Questions asked about one scene, each in a document of its own."""
-NOTES = BLANKS
+NOTES = 8
 """Most notes in one document."""
 OPEN_WEIGHT, ANSWER_WEIGHT = 0.1, 4.0
 """Weight of a token the facts do not decide (facts, wording of questions) and of an answer; what else is told has 1."""
@@ -102,19 +102,21 @@ def lesson_decoder_only(docs: Sequence[Document], tokenizer: PreTrainedTokenizer
 def lesson_encoder_decoder(
     docs: Sequence[Document], tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator
 ) -> Lesson:
-    """Each document in two halves: facts and what is given are read, what follows is said."""
+    """Each document in two halves, one read and one said."""
     read, ids, weights = list[list[int]](), list[list[int]](), list[list[float]]()
     for doc in docs:
-        heard = list(tokenizer(doc.facts, add_special_tokens=False).input_ids)
-        spoken, counts = list[int](), list[float]()
-        for i, (given, said) in enumerate(doc.told):
+        heard, spoken, counts = _words(tokenizer, doc.facts), list[int](), list[float]()
+        for given, said in doc.told:
             if not given and rng.random() < 0.5:
                 given, said = split_caption(said, rng)
-            mark = [tokenizer.convert_tokens_to_ids(blank(i))] if len(doc.told) > 1 else []
-            said_ids = tokenizer(said.strip(), add_special_tokens=False).input_ids
-            heard += [*tokenizer(given, add_special_tokens=False).input_ids, *mark]
-            spoken += [*mark, *said_ids]
-            counts += [OPEN_WEIGHT] * len(mark) + [doc.weight] * len(said_ids)
+            before, after = _words(tokenizer, given), _words(tokenizer, said)
+            if len(doc.told) == 1:
+                heard += before
+            else:
+                spoken += before
+                counts += [OPEN_WEIGHT] * len(before)
+            spoken += after
+            counts += [doc.weight] * len(after)
         read.append([*heard, tokenizer.eos_token_id])
         ids.append([*spoken, tokenizer.eos_token_id])
         weights.append([*counts, 1.0])
@@ -122,6 +124,11 @@ def lesson_encoder_decoder(
     return Lesson(
         _padded(read, DOCUMENT_TOKENS, pad), _padded(ids, SAID_TOKENS, pad), _padded(weights, SAID_TOKENS, 0.0)
     )
+
+
+def _words(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Ids of a text between others."""
+    return list(tokenizer(text.strip(), add_special_tokens=False).input_ids)
 
 
 def _padded(rows: Sequence[Sequence[Number]], length: int, filler: Number) -> Tensor:

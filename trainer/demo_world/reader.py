@@ -103,7 +103,7 @@ def _blank_model(style: Style, tokenizer: PreTrainedTokenizerFast) -> PreTrained
     }
     if style == "decoder-only":
         return new_language_model(**common, layers=4, positions=256)
-    return new_encoder_decoder(**common, layers=4, decoder_layers=2)
+    return new_encoder_decoder(**common, layers=3, decoder_layers=3)
 
 
 def _lesson(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, docs: Sequence[Document]) -> Lesson:

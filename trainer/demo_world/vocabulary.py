@@ -1,7 +1,7 @@
 """Tokenizers of the demo's small halves, trained on what is told about its scenes.
 
-An OPT-like one (byte-level BPE, texts begin with </s>), a T5-like one (the same with words marked, texts that end with
-</s>, and numbered blanks) and a BERT-like one for the Q-Former (WordPiece with [DEC]).
+An OPT-like one (byte-level BPE, texts begin with </s>), a T5-like one (the same, texts end with </s>) and a BERT-like
+one for the Q-Former (WordPiece with [DEC]).
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,12 @@ from trainer.language import Style
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 END = SPECIALS.index("</s>")
-BLANKS = 8
-"""Numbered marks of the T5-like tokenizer."""
 
 
 def train_language_tokenizer(texts: Sequence[str], style: Style) -> PreTrainedTokenizerFast:
     """Byte-level BPE with the habits of the style's best-known family.
 
-    OPT: </s> comes first. T5: every word is marked at its beginning, the first of a text too, </s> comes last, and
-    <extra_id_0>, <extra_id_1> … stand for what was taken out of a text.
+    OPT: </s> comes first. T5: every word is marked at its beginning, the first of a text too, and </s> comes last.
     """
     reads_whole = style == "encoder-decoder"
     bpe = Tokenizer(models.BPE())
@@ -34,17 +31,9 @@ def train_language_tokenizer(texts: Sequence[str], style: Style) -> PreTrainedTo
     template = "$A </s>" if reads_whole else "</s> $A"
     bpe.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("</s>", END)])
     begin = {} if reads_whole else {"bos_token": "</s>"}
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="</s>", unk_token="<unk>", pad_token="<pad>", **begin
     )
-    if reads_whole:
-        tokenizer.add_tokens([blank(i) for i in range(BLANKS)], special_tokens=True)
-    return tokenizer
-
-
-def blank(number: int) -> str:
-    """The mark of the `number`-th piece that was taken out of a text (T5's sentinel token)."""
-    return f"<extra_id_{number}>"
 
 
 def train_text_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
