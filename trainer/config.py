@@ -83,7 +83,9 @@ class DemoHalvesConfig(Settings):
     vision_batch_size: PositiveInt = 64
     """Pictures in a step."""
     language_batch_size: PositiveInt = 96
-    """Documents in a step."""
+    """Documents in a step of the decoder-only language model."""
+    t5_batch_size: PositiveInt = 48
+    """Documents in a step of the encoder-decoder."""
     vision_learning_rate: PositiveFloat = 1.5e-3
     """Peak rate of the image encoder."""
     language_learning_rate: PositiveFloat = 1e-3

@@ -28,7 +28,7 @@ from trainer.language import load_language, style_of
 from trainer.towers import DEMO_HALVES, load_tokenizer, new_encoder_decoder, source_folder
 
 PROMPT = ModelConfig().vqa_prompt
-SMALL = DemoHalvesConfig(told_scenes=12, language_steps=3, note_steps=2, language_batch_size=4)
+SMALL = DemoHalvesConfig(told_scenes=12, language_steps=3, note_steps=2, language_batch_size=4, t5_batch_size=4)
 
 
 def told(scenes: int, seed: int = 0) -> list[Document]:

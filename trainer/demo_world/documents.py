@@ -7,8 +7,9 @@ the time, what follows a word before its midpoint. Notes it says whole, what is 
 for the other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 import numpy as np
@@ -87,11 +88,12 @@ class Lesson:
 def lesson_decoder_only(docs: Sequence[Document], tokenizer: PreTrainedTokenizerFast) -> Lesson:
     """Each document from beginning to end; every text in it begins with </s>."""
     ids, weights = list[list[int]](), list[list[float]]()
+    text_ids, said_ids = _ids(tokenizer, special=True), _ids(tokenizer, special=False)
     for doc in docs:
-        row = list(tokenizer(doc.facts).input_ids)
+        row = text_ids(doc.facts)
         counts = [OPEN_WEIGHT] * len(row)
         for given, said in doc.told:
-            heard, spoken = tokenizer(given).input_ids, tokenizer(said, add_special_tokens=False).input_ids
+            heard, spoken = text_ids(given), said_ids(said)
             row += heard + spoken
             counts += [OPEN_WEIGHT] * len(heard) + [doc.weight] * len(spoken)
         ids.append([*row, tokenizer.eos_token_id])
@@ -104,12 +106,13 @@ def lesson_encoder_decoder(
 ) -> Lesson:
     """Each document in two halves, one read and one said."""
     read, ids, weights = list[list[int]](), list[list[int]](), list[list[float]]()
+    ids_of = _ids(tokenizer, special=False)
     for doc in docs:
-        heard, spoken, counts = _words(tokenizer, doc.facts), list[int](), list[float]()
+        heard, spoken, counts = ids_of(doc.facts), list[int](), list[float]()
         for given, said in doc.told:
             if not given and rng.random() < 0.5:
                 given, said = split_caption(said, rng)
-            before, after = _words(tokenizer, given), _words(tokenizer, said)
+            before, after = ids_of(given.strip()), ids_of(said.strip())
             if len(doc.told) == 1:
                 heard += before
             else:
@@ -126,9 +129,10 @@ def lesson_encoder_decoder(
     )
 
 
-def _words(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Ids of a text between others."""
-    return list(tokenizer(text.strip(), add_special_tokens=False).input_ids)
+def _ids(tokenizer: PreTrainedTokenizerFast, special: bool) -> Callable[[str], list[int]]:
+    """Text → ids, looked up where the text was met before: most notes and answers come a thousand times."""
+    coded = cache(lambda text: tuple(tokenizer(text, add_special_tokens=special).input_ids))
+    return lambda text: list(coded(text))
 
 
 def _padded(rows: Sequence[Sequence[Number]], length: int, filler: Number) -> Tensor:

@@ -68,10 +68,11 @@ def pretrain_language(
     every = torch.arange(len(told.train))
     dense = torch.tensor([i for i, doc in enumerate(told.train) if len(doc.told) > 1])
     order, taken = torch.Generator().manual_seed(config.seed), count()
+    size = config.language_batch_size if style == "decoder-only" else config.t5_batch_size
 
     def step() -> Tensor:
         among = dense if next(taken) < config.note_steps else every
-        rows = among[torch.randint(len(among), (config.language_batch_size,), generator=order)]
+        rows = among[torch.randint(len(among), (size,), generator=order)]
         return _loss(model, train.rows(rows))
 
     optimise([model], step, config.language_steps, config.language_learning_rate, progress, f"{style} language model")
