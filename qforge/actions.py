@@ -27,7 +27,7 @@ from trainer.config import DEMO_FOLDERS, DataConfig, ModelConfig
 
 if TYPE_CHECKING:
     from trainer.data import FeatureStore
-    from trainer.train import StageName
+    from trainer.plans import StageName
 
 MANIFESTS = ("captions_train", "captions_val", "captions_test", "vqa_train", "vqa_val", "vqa_test")
 """Settings of the data section that name a manifest."""
@@ -118,8 +118,10 @@ def train_stage(
     """Train one stage from the checkpoint `init`, or go on with what an interrupted call left in `folder`."""
     require("torch", extra="train", why="Training")
     from trainer.data import resolve
+    from trainer.ranks import join
     from trainer.train import run_stage
 
+    ranks = join()
     run_stage(
         stage,
         model=model,
@@ -130,7 +132,8 @@ def train_stage(
         out=folder,
         recipe_yaml=recipe.to_yaml(),
         store=_features(model.vision, model.vision_layer, model.image_size, out),
-        progress=Progress(),
+        progress=Progress(quiet=not ranks.is_main),
+        ranks=ranks,
     )
 
 

@@ -17,6 +17,8 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from qforge.peers import is_follower
+
 INTERRUPTED = "Interrupted; finished steps are kept, run the same command again to go on."
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
@@ -76,10 +78,11 @@ def guarded(work: Callable[[], Outcome], *, as_json: bool, debug: bool) -> int:
             traceback.print_exc()
         sentence, code = explain(error)
         print(sentence, file=sys.stderr)
-        if as_json:
+        if as_json and not is_follower():
             print(json.dumps({"error": sentence, "exit_code": code}))
         return code
-    print(json.dumps(outcome.data) if as_json else outcome.text)
+    if not is_follower():
+        print(json.dumps(outcome.data) if as_json else outcome.text)
     return outcome.exit_code
 
 

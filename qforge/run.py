@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qforge import actions
+from qforge.peers import join
 from qforge.recipe import Recipe
-from qforge.steps import Done, Step, folder_lock, run_steps
+from qforge.steps import Done, Step, folder_lock, follow_steps, run_steps
 from runtime.errors import InputError
 from runtime.files import write_text_atomic
 from runtime.precision import NOT_ON_CPU, Precision
@@ -46,7 +47,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Finished:
-    """A run whose steps are all up to date."""
+    """A run whose steps are all up to date; a process that followed another knows of none."""
 
     out: Path
     steps: list[Done]
@@ -62,7 +63,8 @@ def run(
 ) -> Finished:
     """Bring every step of the recipe up to date in `out`, or those up to and with `until`; `say` gets the lines.
 
-    `start` is the checkpoint to begin from; the stages behind it are left out.
+    `start` is the checkpoint to begin from; the stages behind it are left out. Of several processes that a launcher
+    started, all train, and the first does everything else.
     """
     if recipe.export.heads == "retrieval":
         raise InputError(
@@ -78,9 +80,14 @@ def run(
     table = steps_of(recipe, out, start)
     if until is not None:
         table = table[: [step.name for step in table].index(until) + 1]
-    with folder_lock(out):
-        write_text_atomic(out / "recipe.yaml", recipe.to_yaml())
-        return Finished(out, run_steps(table, out, say or _to_stderr))
+    peers = join()
+    with peers.together():
+        if not peers.is_main:
+            follow_steps(table, peers)
+            return Finished(out, [])
+        with folder_lock(out):
+            write_text_atomic(out / "recipe.yaml", recipe.to_yaml())
+            return Finished(out, run_steps(table, out, say or _to_stderr, peers))
 
 
 def steps_of(recipe: Recipe, out: Path, start: Start | None = None) -> list[Step]:
@@ -108,6 +115,7 @@ def steps_of(recipe: Recipe, out: Path, start: Start | None = None) -> list[Step
             after=("data", *(step.name for step in halves), *earlier),
             code=TRAINS,
             resumes=True,
+            together=True,
         )
 
     def exporting(precision: Precision, first: Precision) -> Step:

@@ -24,11 +24,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from qforge.leftovers import settle_leftovers
+from qforge.peers import Alone, Peers
 from runtime.errors import InputError
 from runtime.files import atomic_folder, sha256_of, write_json_atomic
 
 LIBRARIES = ("numpy", "pillow", "tokenizers", "torch", "transformers", "accelerate", "nncf", "onnx", "onnxruntime")
 """Their versions count as code: after an upgrade the results are made again."""
+_NO_WORK = ""
+"""Told in place of a folder when a step is up to date."""
 ORPHANS_S = 10.0
 """Longest wait (seconds) for the helper processes of a killed run to notice and let go of the folder."""
 
@@ -54,6 +58,8 @@ class Step:
     """Our packages whose source decides the result."""
     resumes: bool = False
     """Whether the action goes on with what an interrupted call left in its folder."""
+    together: bool = False
+    """Whether all processes of the run do it, not the first alone."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +72,30 @@ class Done:
     """Time the step took when it was made."""
 
 
-def run_steps(steps: Sequence[Step], out: Path, say: Callable[[str], None]) -> list[Done]:
+def run_steps(steps: Sequence[Step], out: Path, say: Callable[[str], None], peers: Peers | None = None) -> list[Done]:
     """Bring every step up to date, in order; `say` gets a line per step. The caller holds `folder_lock(out)`.
 
-    Whatever an action raises passes through, with all finished steps kept.
+    Whatever an action raises passes through, with all finished steps kept. The other processes of `peers` call
+    `follow_steps`.
     """
-    return [_bring_up_to_date(step, f"[{n}/{len(steps)}] {step.name}", out, say) for n, step in enumerate(steps, 1)]
+    alone = Alone() if peers is None else peers
+    return [
+        _bring_up_to_date(step, f"[{n}/{len(steps)}] {step.name}", out, say, alone) for n, step in enumerate(steps, 1)
+    ]
+
+
+def follow_steps(steps: Sequence[Step], peers: Peers) -> None:
+    """Take part, in a process that is not the first, in the steps that all do together."""
+    for step in steps:
+        working = peers.tell(_NO_WORK) if step.together else _NO_WORK
+        if working == _NO_WORK:
+            continue
+        if not Path(working).is_dir():
+            raise InputError(
+                f"{working}: expected the folder that the first process works in, found none; the processes of a run "
+                f"need one --out on a disk that all of them reach"
+            )
+        step.action(Path(working))
 
 
 def read_record(out: Path, name: str) -> dict[str, Any] | None:
@@ -89,17 +113,19 @@ def read_records(out: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
-def _bring_up_to_date(step: Step, title: str, out: Path, say: Callable[[str], None]) -> Done:
+def _bring_up_to_date(step: Step, title: str, out: Path, say: Callable[[str], None], peers: Peers) -> Done:
     inputs = _inputs(step, out)
     record = read_record(out, step.name)
     changed = _changed(step, inputs, record, out)
     if record is not None and not changed:
+        if step.together:
+            peers.tell(_NO_WORK)
         say(f"{title}: unchanged, skipped")
         return Done(step.name, "unchanged", record["seconds"])
     again = f" (again: {', '.join(changed)} changed)" if record is not None else ""
     say(f"{title}: {step.does}{again}")
     start = time.monotonic()
-    outputs = _make(step, inputs, out)
+    outputs = _make(step, inputs, out, say, peers)
     seconds = round(time.monotonic() - start, 3)
     write_json_atomic(_record_path(out, step.name), {"inputs": inputs, "outputs": outputs, "seconds": seconds})
     for leftover in _working(out).glob(f"{step.name}-*"):
@@ -108,15 +134,22 @@ def _bring_up_to_date(step: Step, title: str, out: Path, say: Callable[[str], No
     return Done(step.name, "done", seconds)
 
 
-def _make(step: Step, inputs: Mapping[str, str], out: Path) -> dict[str, str]:
+def _make(step: Step, inputs: Mapping[str, str], out: Path, say: Callable[[str], None], peers: Peers) -> dict[str, str]:
     """Run the action beside its final place, then publish the whole folder at once; returns its files' hashes."""
     final = out / step.output
     working = _working(out) / f"{step.name}-{_hash(inputs)[:12]}" / final.name
     finished = working.parent / "finished"  # left by a run that was killed between the action and its record
-    if not finished.exists():
-        if not step.resumes and working.parent.exists():
+    if finished.exists():
+        if step.together:
+            peers.tell(_NO_WORK)
+    else:
+        if step.resumes:
+            settle_leftovers(step.name, step.settings, step.files(), inputs, _working(out), working.parent, say)
+        elif working.parent.exists():
             shutil.rmtree(working.parent)
         working.mkdir(parents=True, exist_ok=True)
+        if step.together:
+            peers.tell(str(working))
         step.action(working)
         finished.touch()
     final.parent.mkdir(parents=True, exist_ok=True)

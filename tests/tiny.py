@@ -9,7 +9,7 @@ from trainer.config import ModelConfig, QFormerConfig
 from trainer.demo_world.language import QuestionWriter, caption
 from trainer.demo_world.scene import WIDE, random_scenes
 from trainer.demo_world.vocabulary import train_language_tokenizer, train_text_tokenizer
-from trainer.towers import new_language_model, new_vision_tower
+from trainer.new_halves import new_language_model, new_vision_tower
 
 SIDE = 16
 

@@ -1,4 +1,4 @@
-"""The composition: frozen vision tower → bridge → frozen language model, with both tokenizers."""
+"""The composition: vision tower → bridge → frozen language model, with both tokenizers."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -7,20 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runtime.errors import CheckpointError
 from runtime.preprocess import PreprocessSettings
 from trainer.bridge import PARTS, Bridge, Part
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, SpeakingConfig, StageConfig
 from trainer.language import Style, end_tokens, load_language, pad_token, style_of
 from trainer.mapped import map_weights
-from trainer.towers import VisionTower, load_tokenizer, load_vision
+from trainer.towers import VisionTower, load_text_tokenizer, load_tokenizer, load_vision
 
 
 # Shape letters: B images, N image tokens, E image width, Q queries, D language width, T text tokens
 class Blip2(nn.Module):
-    """A BLIP-2-style model. Only `bridge` has parameters that train.
+    """A BLIP-2-style model. `bridge` is what trains; the vision tower does too once it is unfrozen.
 
     A model for retrieval alone has no language model and no tokenizer of one; a published stage-2 model has no text
     tokenizer. The bridge says so before either is used.
@@ -43,6 +44,8 @@ class Blip2(nn.Module):
         self.tokenizer: Any = tokenizer
         self.text_tokenizer: Any = text_tokenizer
         self.question_conditioned = question_conditioned
+        self.language_dropout = False
+        """Whether the frozen language model's dropout is on in training (LAVIS' habit)."""
         self.bridge = Bridge(
             config.qformer,
             image_width=vision.width,
@@ -80,16 +83,23 @@ class Blip2(nn.Module):
     def train(self, mode: bool = True) -> "Blip2":
         """Frozen halves stay in eval mode: their dropout would only blur what the bridge learns from."""
         super().train(mode)
-        self.vision.eval()
         if self.language_model is not None:
-            self.language_model.eval()
+            self.language_model.train(mode and self.language_dropout)
         return self
 
+    def prepare(self, config: StageConfig) -> None:
+        """Unfreeze what a stage trains beside the bridge."""
+        if config.train_vision:
+            self.vision.unfreeze(checkpointing=config.vision_checkpointing)
+        self.language_dropout = isinstance(config, SpeakingConfig) and config.language_dropout
+
+    def trained(self) -> nn.ModuleDict:
+        """The modules that train, by name: what a resume point holds."""
+        return nn.ModuleDict({"bridge": self.bridge} | ({"vision": self.vision} if self.vision.trained else {}))
+
     def encode_image(self, pixels_BCHW: Tensor) -> Tensor:
-        """Image features [B, N, E] after the trainable LayerNorm; no gradient reaches the tower."""
-        with torch.no_grad():
-            features_BNE = self.vision(pixels_BCHW)
-        return self.bridge.post_layernorm(features_BNE)
+        """Image features [B, N, E] after the trainable LayerNorm."""
+        return self.bridge.post_layernorm(self.vision(pixels_BCHW))
 
     def query_prefix(
         self, image_embeds_BNE: Tensor, question_ids_BT: Tensor | None = None, question_mask_BT: Tensor | None = None
@@ -104,6 +114,20 @@ class TextBatch:
 
     ids: Tensor
     mask: Tensor
+
+    def to(self, device: torch.device) -> "TextBatch":
+        """The same on another device."""
+        return TextBatch(self.ids.to(device), self.mask.to(device))
+
+    def padded(self, length: int) -> "TextBatch":
+        """With padding up to `length` tokens; what fills it is hidden by the mask."""
+        more = length - self.ids.shape[1]
+        return TextBatch(F.pad(self.ids, (0, more)), F.pad(self.mask, (0, more)))
+
+    def trimmed(self) -> "TextBatch":
+        """As long as its longest text."""
+        longest = int(self.mask.sum(1).max())
+        return TextBatch(self.ids[:, :longest], self.mask[:, :longest])
 
 
 def text_batch(model: Blip2, texts: list[str]) -> TextBatch:
@@ -134,7 +158,9 @@ def new_blip2(
         vision,
         language,
         None if config.language is None else load_tokenizer(config.language, "language"),
-        None if config.text_tokenizer is None else load_tokenizer(config.text_tokenizer, "text"),
+        None
+        if config.text_tokenizer is None
+        else load_text_tokenizer(config.text_tokenizer, config.qformer.vocabulary),
         question_conditioned,
         parts,
     )

@@ -8,7 +8,8 @@ drop has names of its own: `temperature`, `itg_head`.
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
 import torch
@@ -17,7 +18,16 @@ from torch.nn import functional as F
 
 from runtime.errors import CheckpointError
 from trainer.config import QFormerConfig
-from trainer.qformer import ImageKeys, QFormer, activation, generation_mask, padding_mask
+from trainer.packed import (
+    Lookers,
+    Packing,
+    first_pass_packing,
+    keys_of_features,
+    matching_packing,
+    packed_pass,
+    said_and_compared,
+)
+from trainer.qformer import ImageKeys, QFormer, activation, padding_mask
 
 INITIAL_TEMPERATURE = 0.07
 INITIAL_STD = 0.02
@@ -45,7 +55,20 @@ def part_of(key: str) -> Part | None:
 
 
 # Shape letters: B images or rows, Q queries, T text tokens, N image tokens, E image width, H Q-Former width,
-# C contrastive width, D language width, V text vocabulary
+# C contrastive width, D language width, V text vocabulary; packed (trainer/packed.py): R rows, M text tokens,
+# P tokens that predict one
+@dataclass(frozen=True)
+class FirstPass:
+    """Outcome of the pass that ITC and ITG share."""
+
+    image_BQC: Tensor
+    """Unit-length features of the queries, which have seen no text."""
+    text_BC: Tensor | None
+    """Unit-length features of the texts, which have seen nothing else; None without contrast."""
+    logits_PV: Tensor | None
+    """ITG logits of the P tokens that speak of a next one, row by row; None without generation."""
+
+
 class TextEmbeddings(nn.Module):
     """Word plus position embeddings of the Q-Former's text side; LayerNorm follows in the Q-Former."""
 
@@ -151,19 +174,7 @@ class Bridge(nn.Module):
     def text_features(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Unit-length text features [B, C] from the first token; the text sees itself only."""
         _, text_BTH = self.qformer(None, self._embedded(ids_BT), padding_mask(mask_BT, 0), None)
-        return F.normalize(self._have("contrast", self.text_projection)(text_BTH[:, 0]).float(), dim=-1)
-
-    def image_and_generation(self, keys: ImageKeys, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Image features [B, Q, C], unit length, and ITG logits [B, T, V], in one pass.
-
-        Under the generation mask the queries never see the text, so they are those of an image-only pass.
-        """
-        queries = self._queries(ids_BT.shape[0])
-        mask = generation_mask(mask_BT, queries.shape[1])
-        query_BQH, text_BTH = self.qformer(queries, self._embedded(ids_BT), mask, keys)
-        words_VH = self._have("text", self.embeddings).word_embeddings.weight
-        logits_BTV = self._have("generation", self.itg_head)(text_BTH, words_VH)
-        return self._contrastive(query_BQH), logits_BTV
+        return self._contrastive_text(text_BTH[:, 0])
 
     def image_features(self, keys: ImageKeys, rows: int) -> Tensor:
         """Image features [B, Q, C], unit length."""
@@ -173,15 +184,60 @@ class Bridge(nn.Module):
         """Cosines divided by the learned temperature: the logits of ITC."""
         return similarities_BB / self._have("temperature", self.temperature)
 
+    @torch.no_grad()
+    def hold_temperature(self, least: float, most: float) -> None:
+        """Put the temperature back within these limits, as ALBEF and BLIP do before each step."""
+        self._have("temperature", self.temperature).clamp_(least, most)
+
     def _contrastive(self, query_BQH: Tensor) -> Tensor:
         return F.normalize(self._have("contrast", self.vision_projection)(query_BQH).float(), dim=-1)
+
+    def _contrastive_text(self, first_BH: Tensor) -> Tensor:
+        return F.normalize(self._have("contrast", self.text_projection)(first_BH).float(), dim=-1)
+
+    def _matching(self, query_RQH: Tensor) -> Tensor:
+        return self._have("matching", self.itm_head)(query_RQH).float().mean(dim=1)
 
     def matching_logits(self, keys: ImageKeys, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """ITM logits [B, 2] (no match, match): queries and text see each other, mean over the queries."""
         queries = self._queries(ids_BT.shape[0])
         mask = padding_mask(mask_BT, queries.shape[1])
         query_BQH, _ = self.qformer(queries, self._embedded(ids_BT), mask, keys)
-        return self._have("matching", self.itm_head)(query_BQH).float().mean(dim=1)
+        return self._matching(query_BQH)
+
+    def keys_of_features(self, features_BNE: Tensor) -> ImageKeys:
+        """`image_keys(post_layernorm(features))` for training: cheaper where the features carry no gradient."""
+        return keys_of_features(self.qformer, self.post_layernorm, features_BNE)
+
+    def first_pass(
+        self, keys: ImageKeys, ids_BT: Tensor, mask_BT: Tensor, start: int, *, generation: bool, contrast: bool
+    ) -> FirstPass:
+        """What ITC and ITG need of B pairs, in one pass; `start` is the token that takes the place of [CLS] in ITG."""
+        said_BT = torch.cat([torch.full_like(ids_BT[:, :1], start), ids_BT[:, 1:]], dim=1)
+        texts = [said_BT] * generation + [ids_BT] * contrast
+        packing = first_pass_packing(mask_BT, self.config.queries, generation=generation, contrast=contrast)
+        query_BQH, text_MH = self._packed(texts, packing, [Lookers(keys, len(ids_BT))], text_wanted=True)
+        speaks_M, first_M = said_and_compared(mask_BT, packing, generation=generation, contrast=contrast)
+        text_BC = logits_PV = None
+        if contrast:
+            text_BC = self._contrastive_text(text_MH[first_M])
+        if generation:
+            words_VH = self._have("text", self.embeddings).word_embeddings.weight
+            logits_PV = self._have("generation", self.itg_head)(text_MH[speaks_M], words_VH)
+        return FirstPass(self._contrastive(query_BQH), text_BC, logits_PV)
+
+    def matching(self, lookers: Sequence[Lookers], ids_RT: Tensor, mask_RT: Tensor) -> Tensor:
+        """As `matching_logits` for rows that share images: [R, 2]."""
+        packing = matching_packing(mask_RT, self.config.queries)
+        query_RQH, _ = self._packed([ids_RT], packing, lookers, text_wanted=False)
+        return self._matching(query_RQH)
+
+    def _packed(
+        self, texts: Sequence[Tensor], packing: Packing, lookers: Sequence[Lookers], *, text_wanted: bool
+    ) -> tuple[Tensor, Tensor]:
+        embeds_RTH = torch.cat([self._embedded(ids_RT) for ids_RT in texts], dim=1)
+        embeds_MH = embeds_RTH.flatten(0, 1).index_select(0, packing.text_M)
+        return packed_pass(self.qformer, self.query_tokens, embeds_MH, packing, lookers, text_wanted=text_wanted)
 
     def prefix(self, image_embeds_BNE: Tensor, ids_BT: Tensor | None = None, mask_BT: Tensor | None = None) -> Tensor:
         """Soft tokens [B, Q, D] for the language model; question ids condition the queries (InstructBLIP's way)."""

@@ -1,11 +1,14 @@
 """Checkpoints: the trained part in safetensors, the frozen halves by reference and hash.
 
+A trained vision tower is an ordinary Hugging Face folder inside, so whoever reads a tower reads it like any other.
+
     CKPT/config.json         format, model, stage, whether the question conditions the Q-Former, halves and hashes
     CKPT/model.safetensors   the bridge, transformers' Blip2 key names plus `temperature` and `itg_head`
     CKPT/tokenizer/          of the language model;  CKPT/text_tokenizer/  of the Q-Former
     CKPT/preprocessor.json   how images become pixels
     CKPT/recipe.yaml         the resolved recipe;  CKPT/metrics.json  held-out metrics of the stage
-    CKPT/vision/, language/  the frozen halves themselves, in a self-contained checkpoint (its config says "./vision")
+    CKPT/vision/, language/  the halves themselves, in a self-contained checkpoint (its config says "./vision"); the
+                         vision tower also in every checkpoint whose stage trained it
 
 Loading is strict: every key, every shape, every hash. No pickle is read.
 """
@@ -15,7 +18,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,7 +29,7 @@ from runtime.settings import Settings, first_problem
 from trainer.blip2 import Blip2, new_blip2
 from trainer.bridge import PARTS, Part, part_of
 from trainer.config import ModelConfig
-from trainer.towers import source_folder
+from trainer.towers import PREPROCESSOR, source_folder
 
 FORMAT = 1
 RENAMED = {"post_layernorm.": "vision_model.post_layernorm."}
@@ -47,6 +50,8 @@ class CheckpointConfig(Settings):
     model: ModelConfig
     frozen: dict[str, str]
     """SHA-256 of every weight file of the frozen halves, by "half/file"."""
+    trained: dict[str, str] = Field(default_factory=dict)
+    """The same of a half that this stage trained and that lies in the checkpoint."""
     parts: tuple[Part, ...] = PARTS
     """What the bridge has beyond its core; a published checkpoint may lack some."""
 
@@ -58,7 +63,7 @@ def resolved(config: ModelConfig, folder: Path) -> ModelConfig:
     return config.model_copy(update={name: str((folder / source).resolve()) for name, source in inside.items()})
 
 
-def frozen_hashes(config: ModelConfig) -> dict[str, str]:
+def half_hashes(config: ModelConfig) -> dict[str, str]:
     """SHA-256 of the weight files of both halves. A hub id is loaded through its cache and recorded without hash."""
     hashes = {}
     for half, source in (("vision", config.vision), ("language", config.language)):
@@ -68,6 +73,13 @@ def frozen_hashes(config: ModelConfig) -> dict[str, str]:
         for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if folder.is_dir() else []:
             hashes[f"{half}/{path.name}"] = sha256_of(path)
     return hashes
+
+
+def _write_tower(model: Blip2, folder: Path) -> None:
+    """A trained vision tower, with how it wants its pixels; weights that no gradient reached are those it came with."""
+    model.vision.model.save_pretrained(folder)
+    stated = Path(source_folder(model.config.vision, "vision")) / PREPROCESSOR
+    (folder / PREPROCESSOR).write_text(stated.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 def bridge_tensors(model: Blip2) -> dict[str, Tensor]:
@@ -85,12 +97,19 @@ def their_name(key: str) -> str:
 
 def write_checkpoint(model: Blip2, folder: Path, *, stage: str, metrics: dict[str, Any], recipe_yaml: str) -> None:
     """Fill an empty folder (of `runtime.files.atomic_folder`) with the checkpoint."""
+    settings = model.config
+    if model.vision.trained:
+        settings = settings.model_copy(update={"vision": f"{INSIDE}vision"})
+        _write_tower(model, folder / "vision")
+    hashes = half_hashes(resolved(settings, folder))
+    trained = {name: digest for name, digest in hashes.items() if model.vision.trained and name.startswith("vision/")}
     config = CheckpointConfig(
         format=FORMAT,
         stage=stage,
         question_conditioned=model.question_conditioned,
-        model=model.config,
-        frozen=frozen_hashes(model.config),
+        model=settings,
+        frozen={name: digest for name, digest in hashes.items() if name not in trained},
+        trained=trained,
         parts=tuple(part for part in PARTS if part in model.bridge.parts),
     )
     (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
@@ -146,11 +165,12 @@ def require_halves(folder: Path, config: CheckpointConfig, model: ModelConfig) -
 
     A half that either side does not have is not compared.
     """
-    found = frozen_hashes(model)
-    for name, expected in config.frozen.items():
+    found = half_hashes(model)
+    for name, expected in {**config.frozen, **config.trained}.items():
         if getattr(model, name.partition("/")[0]) is not None and found.get(name) != expected:
+            kind = "trained" if name in config.trained else "frozen"
             raise CheckpointError(
-                f"{folder}: its frozen {name} had SHA-256 {expected[:12]}…, found {str(found.get(name))[:12]}…; "
+                f"{folder}: its {kind} {name} had SHA-256 {expected[:12]}…, found {str(found.get(name))[:12]}…; "
                 f"the bridge fits only the halves it was trained with"
             )
 

@@ -4,6 +4,7 @@ Nothing about the order is remembered, so a resumed run sees what an uninterrupt
 """
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from runtime.errors import DataError, ImageError, MissingFile
 from runtime.preprocess import preprocess
 from runtime.progress import Progress
 from trainer.config import DataConfig
+from trainer.draws import StepDraws
 from trainer.towers import VisionTower
 
 ENCODE_BATCH = 64
@@ -138,12 +140,22 @@ def encode(vision: VisionTower, pixels: list[np.ndarray]) -> Tensor:
     return vision(torch.from_numpy(np.stack(pixels)).to(next(vision.parameters()).device))
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What was read since it was last asked."""
+
+    image_ids: tuple[str, ...]
+    seconds: float
+
+
 class ImageRows:
     """Rows with their image features; a row whose image cannot be read gives way to the next, so batches stay full."""
 
     def __init__(self, vision: VisionTower, rows: Sequence[Row], store: FeatureStore, progress: Progress) -> None:
         self._vision, self._store = vision, store
         self.rows = rows
+        self._taken: list[str] = []
+        self._seconds = 0.0
         paths = [row.image for row in rows]
         store.fill(vision, paths, progress)
         if all(path in store.broken for path in paths):
@@ -160,10 +172,23 @@ class ImageRows:
         found = {row.image for row in self.rows} & self._store.broken.keys()
         return {str(path): self._store.broken[path] for path in sorted(found)}
 
-    def batch(self, indices: Sequence[int]) -> tuple[list[Row], Tensor]:
-        """The rows at `indices` (broken ones replaced) and their features [B, N, E]."""
+    def batch(self, indices: Sequence[int], draws: StepDraws | None) -> tuple[list[Row], Tensor]:
+        """The rows at `indices` (broken ones replaced) and their features [B, N, E], before the trained LayerNorm.
+
+        `draws` are those of the step, a generator per row; None when something is measured, with nothing random.
+        """
+        began = time.monotonic()
         rows, features = zip(*(self._readable(index) for index in indices), strict=True)
-        return list(rows), torch.stack(features)
+        features_BNE = torch.stack(features)
+        self._taken += [row.image_id for row in rows]
+        self._seconds += time.monotonic() - began
+        return list(rows), features_BNE
+
+    def take(self) -> Taken:
+        """Images and reading time of the batches since the last call."""
+        taken = Taken(tuple(self._taken), self._seconds)
+        self._taken, self._seconds = [], 0.0
+        return taken
 
     def _readable(self, index: int) -> tuple[Row, Tensor]:
         for offset in range(len(self.rows)):

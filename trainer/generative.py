@@ -6,6 +6,7 @@ enters beside the queries, InstructBLIP's way, the nearest published code to the
 each batch stays captioning, so that one model keeps both skills.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,8 +18,10 @@ from runtime.dataset import Row
 from runtime.text import fill_prompt, normalise_caption, normalise_question, qformer_text
 from trainer.blip2 import Blip2, text_batch
 from trainer.data import ImageRows
+from trainer.draws import StepDraws
 from trainer.language import continuation, split_caption, takes
 from trainer.losses import IGNORED, text_loss_by_row
+from trainer.ranks import Ranks
 
 
 # Shape letters: B pairs, N image tokens, E image width, Q queries, D language width, T text tokens, S = Q + T,
@@ -138,11 +141,12 @@ class CaptionObjective:
     def __init__(self, train: ImageRows) -> None:
         self.train = train
 
-    def loss(self, model: Blip2, indices: list[int], rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Loss of the rows at `indices`."""
-        rows, features_BNE = self.train.batch(indices)
+    def loss(self, model: Blip2, indices: list[int], draws: StepDraws, ranks: Ranks) -> tuple[Tensor, dict[str, float]]:
+        """Loss of the rows at `indices`, every row weighing the same."""
+        rows, features_BNE = self.train.batch(indices, draws)
         target_of = caption_target if model.style == "decoder-only" else split_target
-        return language_loss(model, features_BNE, [target_of(model, row, rng) for row in rows]), {}
+        targets = [target_of(model, row, draws.row(place)) for place, row in enumerate(rows)]
+        return language_loss(model, features_BNE, targets), {}
 
 
 class VqaObjective:
@@ -151,15 +155,29 @@ class VqaObjective:
     def __init__(self, questions: ImageRows, captions: ImageRows, caption_fraction: float) -> None:
         self.questions, self.captions, self.caption_fraction = questions, captions, caption_fraction
 
-    def loss(self, model: Blip2, indices: list[int], rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Loss of the batch; its last `caption_fraction` are captions of rows drawn at random."""
-        described = round(len(indices) * self.caption_fraction)
-        rows, features_BNE = self.questions.batch(indices[: len(indices) - described])
-        targets = [question_target(model, row, rng) for row in rows]
+    def loss(self, model: Blip2, indices: list[int], draws: StepDraws, ranks: Ranks) -> tuple[Tensor, dict[str, float]]:
+        """Loss of the batch, every row weighing the same.
+
+        Which places are captions, of rows drawn at random, depends on their number in the global batch alone, evenly
+        spread: every process has about as many.
+        """
+        described = [place for place in range(len(indices)) if self._is_caption(draws.place(place))]
+        asked = [place for place in range(len(indices)) if not self._is_caption(draws.place(place))]
+        targets, features = list[Target](), list[Tensor]()
+        if asked:
+            rows, features_BNE = self.questions.batch([indices[place] for place in asked], draws.at(asked))
+            targets += [question_target(model, row, draws.row(place)) for place, row in zip(asked, rows, strict=True)]
+            features.append(features_BNE)
         if described:
-            caption_rows, caption_BNE = self.captions.batch(
-                [int(i) for i in rng.integers(len(self.captions), size=described)]
-            )
-            targets += [caption_target(model, row, rng) for row in caption_rows]
-            features_BNE = torch.cat([features_BNE, caption_BNE])
-        return language_loss(model, features_BNE, targets), {}
+            drawn = [int(draws.row(place, "row").integers(len(self.captions))) for place in described]
+            rows, features_BNE = self.captions.batch(drawn, draws.at(described))
+            targets += [
+                caption_target(model, row, draws.row(place)) for place, row in zip(described, rows, strict=True)
+            ]
+            features.append(features_BNE)
+        return language_loss(model, torch.cat(features), targets), {}
+
+    def _is_caption(self, place: int) -> bool:
+        """True for `caption_fraction` of any row of consecutive places, to the nearest."""
+        share = self.caption_fraction
+        return math.floor((place + 1) * share + 0.5) > math.floor(place * share + 0.5)

@@ -34,7 +34,12 @@ class ImageKeys:
 
     def rows(self, index_B: Tensor) -> "ImageKeys":
         """The keys for rows that look at images `index_B` (int64)."""
-        return ImageKeys(tuple((k[index_B], v[index_B]) for k, v in self.per_layer))
+        return ImageKeys(tuple((k.index_select(0, index_B), v.index_select(0, index_B)) for k, v in self.per_layer))
+
+    def with_more(self, other: "ImageKeys") -> "ImageKeys":
+        """These images and then those of `other`."""
+        pairs = zip(self.per_layer, other.per_layer, strict=True)
+        return ImageKeys(tuple((torch.cat([k, k2]), torch.cat([v, v2])) for (k, v), (k2, v2) in pairs))
 
 
 class Attention(nn.Module):
@@ -57,11 +62,12 @@ class Attention(nn.Module):
 
     def forward(self, states_BLH: Tensor, keys: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """Attend from `states_BLH`; `mask` is True where a position may be seen, broadcastable to [B, h, L, L]."""
+        return self.attend(self.split(self.query(states_BLH)), *keys, mask).transpose(1, 2).flatten(-2)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Weighted values for queries, keys and values that are split into heads [B, h, L, d]."""
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(
-            self.split(self.query(states_BLH)), *keys, attn_mask=mask, dropout_p=dropout
-        )
-        return out.transpose(1, 2).flatten(-2)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
 
 class Residual(nn.Module):

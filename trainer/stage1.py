@@ -1,118 +1,168 @@
-"""Stage 1, representation learning: image-text contrast, matching with hard negatives, image-grounded generation."""
+"""Stage 1, representation learning: image-text contrast, matching with hard negatives, image-grounded generation.
 
-from collections.abc import Sequence
+One pass serves ITC and ITG (queries, the text to be said, the text to be compared, each behind its mask), another ITM.
+The batch is global: a row is compared with the rows of all processes, and its negatives come from all of them. The
+steps `embed`, `couple` and `rest` are apart so that accumulation can enlarge the contrastive batch
+(trainer/grad_cache.py).
+"""
 
-import numpy as np
+import hashlib
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from runtime.dataset import Row
 from runtime.text import normalise_caption
 from trainer.blip2 import Blip2, TextBatch, text_batch
 from trainer.config import Stage1Config
 from trainer.data import ImageRows
-from trainer.losses import IGNORED, hard_negatives, itc_loss, same_image, similarities, text_loss
+from trainer.draws import StepDraws
+from trainer.losses import generation_loss, itc_loss, same_image, similarities
+from trainer.momentum import MomentumEncoder
+from trainer.negatives import Negatives, Pairs, draw_negatives, exchange
+from trainer.packed import Lookers
 from trainer.qformer import ImageKeys
+from trainer.ranks import Ranks
+from trainer.stage1_metrics import measure
 
-EVAL_BATCH = 64
+
+# Shape letters: b rows of a part, B rows of this process, N rows of all processes, R rows of ITM (3 b), n image tokens,
+# E image width, Q queries, T text tokens, C contrastive width, P predicted tokens, V vocabulary
+@dataclass(frozen=True)
+class Kept:
+    """What ITM and ITG use of the pass that embedded a part."""
+
+    keys: ImageKeys
+    logits_PV: Tensor | None
 
 
-# Shape letters: B pairs, N image tokens, E image width, Q queries, T text tokens, C contrastive width
+@dataclass(frozen=True)
+class Drawn:
+    """What belongs to a part and depends on the whole batch."""
+
+    negatives: Negatives | None
+    """None without ITM."""
+    predicted_tokens: Tensor
+    """Tokens that ITG predicts in a part: the mean over all parts of all processes."""
+
+
 class Stage1:
-    """The objective of stage 1 over caption rows."""
+    """The objective of stage 1 over caption rows; a loss of weight 0 is not computed."""
 
-    def __init__(self, config: Stage1Config, train: ImageRows, watched: ImageRows) -> None:
-        self.config, self.train, self.watched = config, train, watched
+    def __init__(
+        self, config: Stage1Config, train: ImageRows, watched: ImageRows, momentum: MomentumEncoder | None
+    ) -> None:
+        """`momentum`: whose features ITC compares with (MoCo); None: those of the model itself."""
+        self.config, self.train, self.watched, self.momentum = config, train, watched, momentum
 
-    def loss(self, model: Blip2, indices: list[int], rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Weighted sum of the three losses for the rows at `indices`, and each of them for display."""
-        rows, features_BNE = self.train.batch(indices)
-        texts = text_batch(model, [normalise_caption(str(rng.choice(row.captions))) for row in rows])
-        same_BB = same_image(_image_numbers(rows))
-        bridge, config = model.bridge, self.config
-        keys = bridge.image_keys(bridge.post_layernorm(features_BNE))
-        image_BQC, generated_BTV = bridge.image_and_generation(keys, *_for_generation(model, texts))
-        text_BC = bridge.text_features(texts.ids, texts.mask)
-        logits_BB = bridge.over_temperature(similarities(image_BQC, text_BC))
-        parts: dict[str, Tensor] = {}
+    def loss(self, model: Blip2, indices: list[int], draws: StepDraws, ranks: Ranks) -> tuple[Tensor, dict[str, float]]:
+        """Weighted sum of the losses for the rows at `indices`, and each of them, unweighted, for display."""
+        pairs = self.read(model, indices, draws)
+        embeddings, kept = self.embed(model, pairs)
+        coupled, figures, drawn = self.couple(model, embeddings, [pairs], draws, ranks)
+        rest, more = self.rest(model, pairs, kept, drawn[0], ranks)
+        return coupled + rest, figures | more
+
+    def read(self, model: Blip2, indices: list[int], draws: StepDraws) -> Pairs:
+        """Rows at `indices`, one caption of each, as tokens."""
+        rows, features_bnE = self.train.batch(indices, draws)
+        captions = [str(draws.row(place).choice(row.captions)) for place, row in enumerate(rows)]
+        texts = text_batch(model, [normalise_caption(caption) for caption in captions])
+        image_ids_b = torch.tensor([_number(row.image_id) for row in rows], device=features_bnE.device)
+        return Pairs(texts.to(features_bnE.device), features_bnE, image_ids_b)
+
+    def embed(self, model: Blip2, part: Pairs) -> tuple[tuple[Tensor, ...], Kept]:
+        """Image features [b, Q, C] and text features [b, C], and what the other losses need of the pass.
+
+        Features that only choose negatives (ITM without ITC) carry no gradient; with ITG alone there are none.
+        """
+        bridge, ids, mask = model.bridge, part.texts.ids, part.texts.mask
+        contrast, generation = self.config.itc_weight > 0, self.config.itg_weight > 0
+        keys = bridge.keys_of_features(part.features_bnE)
+        image_bQC = text_bC = logits_PV = None
+        if contrast or generation:
+            start = model.text_tokenizer.bos_token_id
+            first = bridge.first_pass(keys, ids, mask, start, generation=generation, contrast=contrast)
+            image_bQC, text_bC, logits_PV = first.image_BQC, first.text_BC, first.logits_PV
+        kept = Kept(keys, logits_PV)
+        if not contrast and not self.config.itm_weight:
+            return (), kept
+        with torch.no_grad():  # what is still missing is not trained
+            image_bQC = bridge.image_features(keys, len(ids)) if image_bQC is None else image_bQC
+            text_bC = bridge.text_features(ids, mask) if text_bC is None else text_bC
+        return (image_bQC, text_bC), kept
+
+    def couple(
+        self, model: Blip2, embeddings: tuple[Tensor, ...], parts: list[Pairs], draws: StepDraws, ranks: Ranks
+    ) -> tuple[Tensor, dict[str, float], list[Drawn]]:
+        """ITC over the rows of all processes, and the negatives of ITM."""
+        config, bridge = self.config, model.bridge
+        tokens = torch.stack([part.texts.mask[:, 1:].sum() for part in parts])
+        predicted_tokens = ranks.mean(tokens.float().mean())
+        loss, figures = predicted_tokens.new_zeros(()), dict[str, float]()
+        if not embeddings:
+            return loss, figures, [Drawn(None, predicted_tokens) for _ in parts]
+        if config.temperature_range is not None:
+            bridge.hold_temperature(*config.temperature_range)
+        image_BQC, text_BC = embeddings
+        ids_B = torch.cat([part.image_ids_b for part in parts])
+        gather = ranks.gather_with_gradient if config.itc_key_gradient else ranks.gather
+        with torch.set_grad_enabled(torch.is_grad_enabled() and config.itc_weight > 0):
+            cosines = similarities(image_BQC, gather(text_BC)), similarities(gather(image_BQC), text_BC).T
+            image_to_text_BN, text_to_image_BN = (bridge.over_temperature(part) for part in cosines)
+        same_BN = same_image(ids_B, ranks.gather(ids_B))
         if config.itc_weight:
-            parts["itc"] = config.itc_weight * itc_loss(logits_BB, same_BB, config.label_smoothing)
-        if config.itm_weight:
-            parts["itm"] = config.itm_weight * self._matching(model, keys, texts, logits_BB, same_BB)
-        if config.itg_weight:
-            labels_BT = texts.ids.masked_fill(texts.mask == 0, IGNORED)
-            parts["itg"] = config.itg_weight * text_loss(generated_BTV, labels_BT, config.label_smoothing)
-        return torch.stack(list(parts.values())).sum(), {name: float(part.detach()) for name, part in parts.items()}
+            logits = image_to_text_BN, text_to_image_BN, same_BN
+            if self.momentum is not None:
+                logits = self.momentum.logits(bridge, image_BQC, text_BC, parts, ranks)
+            itc = itc_loss(*logits, config.label_smoothing)
+            loss, figures = config.itc_weight * itc, {"itc": float(itc.detach())}
+        if not config.itm_weight:
+            return loss, figures, [Drawn(None, predicted_tokens) for _ in parts]
+        wrong = draw_negatives(image_to_text_BN, text_to_image_BN, same_BN, draws)
+        negatives = exchange(parts, *wrong, model.config.qformer.max_text_tokens, ranks)
+        return loss, figures, [Drawn(of_part, predicted_tokens) for of_part in negatives]
+
+    def rest(
+        self, model: Blip2, part: Pairs, kept: Kept, drawn: Drawn, ranks: Ranks
+    ) -> tuple[Tensor, dict[str, float]]:
+        """ITM and ITG of one part."""
+        config, losses = self.config, dict[str, Tensor]()
+        if drawn.negatives is not None:
+            losses["itm"] = self._matching(model, part.texts, kept.keys, drawn.negatives)
+        if kept.logits_PV is not None:
+            targets_P = part.texts.ids[:, 1:][part.texts.mask[:, 1:].bool()]
+            losses["itg"] = generation_loss(kept.logits_PV, targets_P, config.label_smoothing, drawn.predicted_tokens)
+        weights = {"itm": config.itm_weight, "itg": config.itg_weight}
+        total = sum((weights[name] * loss for name, loss in losses.items()), start=drawn.predicted_tokens.new_zeros(()))
+        return total, {name: float(loss.detach()) for name, loss in losses.items()}
 
     @staticmethod
-    def _matching(model: Blip2, keys: ImageKeys, texts: TextBatch, logits_BB: Tensor, same_BB: Tensor) -> Tensor:
-        """ITM over true pairs, wrong image with right text, right image with wrong text (1:2)."""
-        text_for_image, image_for_text = hard_negatives(logits_BB, same_BB)
-        own = torch.arange(len(texts.ids), device=texts.ids.device)
-        image_rows = torch.cat([own, image_for_text, own])
-        text_rows = torch.cat([own, own, text_for_image])
-        logits = model.bridge.matching_logits(keys.rows(image_rows), texts.ids[text_rows], texts.mask[text_rows])
-        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        labels[: len(own)] = 1
-        return F.cross_entropy(logits, labels)
+    def _matching(model: Blip2, texts: TextBatch, keys: ImageKeys, negatives: Negatives) -> Tensor:
+        """ITM over true pairs, right image with wrong text, wrong image with right text (1:2)."""
+        rows, bridge = len(texts.ids), model.bridge
+        known = keys
+        if len(negatives.fetched_FnE):
+            known = keys.with_more(bridge.keys_of_features(negatives.fetched_FnE))
+        lookers = [Lookers(keys, 2 * rows), Lookers(known.rows(negatives.wrong_images_b), rows)]
+        own, wrong = _same_length(texts, negatives.wrong_texts)
+        ids_RT = torch.cat([torch.stack([own.ids, wrong.ids], dim=1).flatten(0, 1), own.ids])
+        mask_RT = torch.cat([torch.stack([own.mask, wrong.mask], dim=1).flatten(0, 1), own.mask])
+        labels_R = torch.zeros(3 * rows, dtype=torch.long, device=ids_RT.device)
+        labels_R[: 2 * rows : 2] = 1
+        return F.cross_entropy(bridge.matching(lookers, ids_RT, mask_RT), labels_R)
 
-    @torch.no_grad()
     def evaluate(self, model: Blip2) -> dict[str, float]:
         """Held out, over the watched rows: retrieval R@1 both ways, ITM accuracy, ITG loss per token (nats)."""
-        image, text, itg, keys_of, texts_of, seen = [], [], 0.0, [], [], list[Row]()
-        for start in range(0, len(self.watched), EVAL_BATCH):
-            rows, features_BNE = self.watched.batch(range(start, min(start + EVAL_BATCH, len(self.watched))))
-            texts = text_batch(model, [normalise_caption(row.captions[0]) for row in rows])
-            keys = model.bridge.image_keys(model.bridge.post_layernorm(features_BNE))
-            image_BQC, generated_BTV = model.bridge.image_and_generation(keys, *_for_generation(model, texts))
-            image.append(image_BQC)
-            text.append(model.bridge.text_features(texts.ids, texts.mask))
-            itg += float(text_loss(generated_BTV, texts.ids.masked_fill(texts.mask == 0, IGNORED))) * len(rows)
-            keys_of.append(keys)
-            texts_of.append(texts)
-            seen += rows
-        scores = similarities(torch.cat(image), torch.cat(text))
-        same = same_image(_image_numbers(seen)) | _same_text(seen)
-        blocks = zip(keys_of, texts_of, range(0, len(seen), EVAL_BATCH), strict=True)
-        right = [self._matching_accuracy(model, keys, texts, scores, same, first) for keys, texts, first in blocks]
-        return {
-            "itc_image_to_text_r1": _recall_at_1(scores, same),
-            "itc_text_to_image_r1": _recall_at_1(scores.T, same),
-            "itm_accuracy": float(torch.cat(right).float().mean()),
-            "itg_loss": itg / len(seen),
-        }
-
-    @staticmethod
-    def _matching_accuracy(
-        model: Blip2, keys: ImageKeys, texts: TextBatch, scores: Tensor, same: Tensor, first: int
-    ) -> Tensor:
-        """Per pair, whether ITM accepts the true text and rejects the hardest wrong one of the same block."""
-        block = slice(first, first + len(texts.ids))
-        hardest = scores[block, block].masked_fill(same[block, block], -2.0).argmax(1)
-        match = model.bridge.matching_logits(keys, texts.ids, texts.mask).argmax(1) == 1
-        wrong = model.bridge.matching_logits(keys, texts.ids[hardest], texts.mask[hardest]).argmax(1) == 0
-        return torch.cat([match, wrong])
+        return measure(model, self.watched)
 
 
-def _for_generation(model: Blip2, texts: TextBatch) -> tuple[Tensor, Tensor]:
-    """The same text with [DEC] in place of [CLS]."""
-    ids = texts.ids.clone()
-    ids[:, 0] = model.text_tokenizer.bos_token_id
-    return ids, texts.mask
+def _number(image_id: str) -> int:
+    """An int64 that stands for the id on every process."""
+    return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), signed=True)
 
 
-def _image_numbers(rows: Sequence[Row]) -> Tensor:
-    names = {row.image_id: number for number, row in enumerate(rows)}
-    return torch.tensor([names[row.image_id] for row in rows])
-
-
-def _same_text(rows: Sequence[Row]) -> Tensor:
-    """Rows whose captions read the same are as right as each other."""
-    names = {row.captions[0]: number for number, row in enumerate(rows)}
-    return same_image(torch.tensor([names[row.captions[0]] for row in rows]))
-
-
-def _recall_at_1(scores: Tensor, same: Tensor) -> float:
-    best = scores.argmax(1)
-    return float(same[torch.arange(len(best)), best].float().mean())
+def _same_length(*batches: TextBatch) -> list[TextBatch]:
+    longest = max(texts.ids.shape[1] for texts in batches)
+    return [texts.padded(longest) for texts in batches]

@@ -6,7 +6,6 @@ through the same door as CLIP and OPT do.
 
 import inspect
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,16 +20,9 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    OPTConfig,
-    OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    T5Config,
-    T5ForConditionalGeneration,
 )
-from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.utils import logging as hf_logging
 
 from runtime.errors import CheckpointError, InputError, MissingFile
@@ -40,17 +32,17 @@ from trainer.config import DEMO_FOLDERS
 hf_logging.disable_progress_bar()  # a bar for a file read in milliseconds hides ours
 
 DEMO_HALVES = Path(__file__).parent / "demo_halves"
-INITIAL_EMBEDDING = 0.1
-"""Size at which token and position embeddings of a new small language model start."""
-T5_ADDED = 0.3
-"""What is left of the size at which T5's layers start to add to the residual stream: that of the OPT-shaped model."""
+DECODER_TOKEN = "[DEC]"
+"""Begins a text that the Q-Former generates (ITG); LAVIS adds it to BERT's tokens."""
+PREPROCESSOR = "preprocessor_config.json"
+"""The file of a tower's folder that says how it wants its pixels."""
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers, as preprocessor_config.json stores them."""
 
 
 # Shape letters: B images, N image tokens, E image width
 class VisionTower(nn.Module):
-    """A Hugging Face vision model that hands out one of its hidden states, frozen and in eval mode.
+    """A Hugging Face vision model that hands out one of its hidden states; frozen and in eval mode until `unfreeze`.
 
     `layer` indexes transformers' `hidden_states`: -1 is what the last layer gives, before any norm of the tower itself
     (BLIP-2's final norm is trained and lives in our bridge).
@@ -64,6 +56,8 @@ class VisionTower(nn.Module):
         self.width = int(model.config.hidden_size)
         self.other_sides: tuple[int, ...] = ()
         """Sides (pixels) of further images it reads, beside `preprocess`; see `trainer.any_size`."""
+        self.trained = False
+        """Whether features carry a gradient into the tower."""
         self._options: dict[str, bool] = {}
         if _side(model.config) != preprocess.height:
             self.always_interpolate()
@@ -73,14 +67,61 @@ class VisionTower(nn.Module):
         if "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters:
             self._options = {"interpolate_pos_encoding": True}
 
+    def unfreeze(self, *, checkpointing: bool) -> None:
+        """Let everything be trained that reaches the hidden state handed out, and nothing else.
+
+        What does not reach it (later layers, poolers, the tower's own final norm) would never get a gradient, which
+        stops distributed training. Positions stay at the tower's own size and are interpolated at every pass, the
+        gradient with them: one table for all image sizes (LAVIS resizes the table and trains the result).
+        """
+        for part in self.model.modules():
+            vars(part).pop("interpolate_pos_encoding", None)  # a table for one size in place of the tower's own rule
+        self.trained = True
+        self.model.requires_grad_(True)
+        side, device = self.preprocess.height, next(self.parameters()).device
+        with torch.enable_grad():
+            reached = reached_by(self(torch.zeros(1, 3, side, side, device=device)))
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(parameter in reached)
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.train()
+
+    def layers(self) -> nn.ModuleList:
+        """The tower's layers, the first to see the image first."""
+        count = self.model.config.num_hidden_layers
+        stacks = (part for part in self.model.modules() if isinstance(part, nn.ModuleList) and len(part) == count)
+        found = next(stacks, None)
+        if found is None:
+            raise InputError(
+                f"train_vision: {type(self.model).__name__} is no stack of {count} layers, so its layers cannot have "
+                f"rates of their own; leave it frozen"
+            )
+        return found
+
     def train(self, mode: bool = True) -> "VisionTower":
-        """Stay in eval mode: a frozen tower has no dropout (LAVIS disables its train switch too)."""
-        return super().train(False)
+        """A frozen tower stays in eval mode: it has no dropout (LAVIS disables its train switch too)."""
+        return super().train(mode and self.trained)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Image features [B, N, E]; the class token, where there is one, comes first."""
-        states = self.model(pixel_values=pixels_BCHW, output_hidden_states=True, **self._options).hidden_states
+        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
+            states = self.model(pixel_values=pixels_BCHW, output_hidden_states=True, **self._options).hidden_states
         return states[self.layer]
+
+
+def reached_by(output: Tensor) -> set[Tensor]:
+    """The leaf tensors that a gradient of `output` arrives at."""
+    leaves, seen, waiting = set[Tensor](), set[Any](), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(node.variable)
+        waiting += [before for before, _ in node.next_functions]
+    return leaves
 
 
 def source_folder(source: str, half: str) -> str:
@@ -186,6 +227,18 @@ def load_tokenizer(source: str, half: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_text_tokenizer(source: str, rows: int | None) -> PreTrainedTokenizerBase:
+    """Tokenizer of the Q-Former's text side, with a token that begins a text to generate.
+
+    BERT has none: it gets LAVIS' `[DEC]`, a row more than BERT embeds. Where `rows` says that the Q-Former was made
+    without such a row, it stays as it is.
+    """
+    tokenizer = load_tokenizer(source, "text")
+    if tokenizer.bos_token_id is None and (rows is None or len(tokenizer) < rows):
+        tokenizer.add_special_tokens({"bos_token": DECODER_TOKEN})
+    return tokenizer
+
+
 def load_pretrained(kind: Any, folder: str, *, unexpected: Literal["left", "refused"]) -> PreTrainedModel:
     """fp32 weights whatever the folder stores; every key must be there.
 
@@ -232,7 +285,7 @@ def read_preprocess(folder: str, vision_config: Any, image_size: int | None = No
 
     Evaluation images are resized to a square without cropping, as BLIP-2 does (LAVIS blip_image_eval).
     """
-    path = Path(folder) / "preprocessor_config.json"
+    path = Path(folder) / PREPROCESSOR
     if not path.is_file():
         raise MissingFile(f"{path} is missing: it says how images are normalised for this tower. Copy it there")
     stored = json.loads(path.read_text())
@@ -249,113 +302,3 @@ def read_preprocess(folder: str, vision_config: Any, image_size: int | None = No
             "std": tuple(stored["image_std"]),
         }
     )
-
-
-def new_vision_tower(*, image_size: int, patch: int, width: int, layers: int, heads: int) -> CLIPVisionModel:
-    """A small CLIP-shaped vision tower with random weights."""
-    config = CLIPVisionConfig(
-        image_size=image_size,
-        patch_size=patch,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        hidden_act="gelu",
-    )
-    return CLIPVisionModel(config)
-
-
-def new_language_model(
-    *, vocabulary: int, width: int, layers: int, heads: int, positions: int, end: int, pad: int
-) -> OPTForCausalLM:
-    """A small OPT-shaped language model with random weights; like OPT it begins a text with its end token.
-
-    OPT's own start (0.02 everywhere) suits a width of 768; at 128 it leaves a model that for thousands of steps copies
-    only what stands beside. Here matrices start at 0.02 * sqrt(768 / width), what a layer adds to the residual stream
-    is scaled down by depth (GPT-2, section 2.3) so that the embeddings stay heard, and positions start as sinusoids
-    ("Attention is all you need", section 3.5), so that neighbours are alike from the start.
-    """
-    config = OPTConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        word_embed_proj_dim=width,
-        ffn_dim=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=positions,
-        dropout=0.0,
-        init_std=0.02 * math.sqrt(768 / width),
-        bos_token_id=end,
-        eos_token_id=end,
-        pad_token_id=pad,
-    )
-    model = OPTForCausalLM(config)
-    with torch.no_grad():
-        for name, weights in model.named_parameters():
-            if name.endswith(("out_proj.weight", "fc2.weight")):
-                weights.mul_((2 * layers) ** -0.5)
-        embedding = model.get_input_embeddings().weight
-        embedding.mul_(INITIAL_EMBEDDING / embedding.std())
-        embed_positions = model.model.decoder.embed_positions.weight
-        embed_positions.copy_(INITIAL_EMBEDDING * _sinusoids(len(embed_positions), width))
-    return model
-
-
-def new_encoder_decoder(
-    *, vocabulary: int, width: int, layers: int, decoder_layers: int, heads: int, end: int, pad: int
-) -> T5ForConditionalGeneration:
-    """A small T5-shaped language model with random weights; like T5 its decoder begins with the pad token.
-
-    T5's own start is made for Adafactor, whose steps grow with the weights. For Adam, whose steps do not, embeddings
-    and residual stream start as those of `new_language_model`, the last norm undoes the division of T5's logits by
-    sqrt(width), and the position biases, which would need a thousand steps to say "the word before", start with it.
-    """
-    config = T5Config(
-        vocab_size=vocabulary,
-        d_model=width,
-        d_kv=width // heads,
-        d_ff=2 * width,
-        num_layers=layers,
-        num_decoder_layers=decoder_layers,
-        num_heads=heads,
-        dropout_rate=0.0,
-        eos_token_id=end,
-        pad_token_id=pad,
-        decoder_start_token_id=pad,
-    )
-    model = T5ForConditionalGeneration(config)
-    with torch.no_grad():
-        for name, weights in model.named_parameters():
-            if name.endswith((".o.weight", ".wo.weight")):
-                added = 2 * layers if name.startswith("encoder") else 3 * decoder_layers
-                weights.mul_(T5_ADDED * added**-0.5)
-        model.shared.weight.mul_(INITIAL_EMBEDDING)
-        model.decoder.final_layer_norm.weight.fill_(width**0.5)
-        for stack in (model.encoder, model.decoder):
-            attention = stack.block[0].layer[0].SelfAttention
-            attention.relative_attention_bias.weight.copy_(_neighbours(attention))
-    return model
-
-
-def _neighbours(attention: T5Attention) -> Tensor:
-    """Position biases [buckets, heads]: of four heads one looks a word back and one, in an encoder, a word ahead.
-
-    They fall with the distance from that neighbour (ALiBi, arXiv 2108.12409), and no further than what a head can
-    learn to overcome; all layers share them. The other heads look everywhere.
-    """
-    farthest = attention.relative_attention_max_distance
-    offsets = torch.arange(-farthest, 1 if attention.is_decoder else farthest + 1)
-    buckets = attention._relative_position_bucket(
-        offsets, not attention.is_decoder, attention.relative_attention_num_buckets, farthest
-    )
-    biases = torch.zeros(attention.relative_attention_num_buckets, attention.n_heads)
-    for first, neighbour in ((1, -1),) if attention.is_decoder else ((1, -1), (2, 1)):
-        fall = -(2.0 * (offsets - neighbour).abs()).clamp(max=6.0)
-        biases[buckets, first::4] = fall[:, None]
-    return biases
-
-
-def _sinusoids(positions: int, width: int) -> Tensor:
-    """Sines, then cosines, of wavelengths from 2 pi to 20,000 pi positions: [positions, width]."""
-    angles = torch.arange(positions)[:, None] * 10_000 ** (-torch.arange(0, width, 2) / width)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)

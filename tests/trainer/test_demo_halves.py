@@ -25,7 +25,8 @@ from trainer.demo_world.reader import answers_read_off
 from trainer.demo_world.scene import WIDE, random_scenes
 from trainer.demo_world.vocabulary import train_language_tokenizer
 from trainer.language import load_language, style_of
-from trainer.towers import DEMO_HALVES, load_tokenizer, new_encoder_decoder, source_folder
+from trainer.new_halves import new_encoder_decoder
+from trainer.towers import DEMO_HALVES, load_tokenizer, source_folder
 
 PROMPT = ModelConfig().vqa_prompt
 SMALL = DemoHalvesConfig(told_scenes=12, language_steps=3, note_steps=2, language_batch_size=4, t5_batch_size=4)

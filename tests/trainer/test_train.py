@@ -11,14 +11,18 @@ from safetensors.torch import load_file
 from runtime.errors import CheckpointError, DataError
 from runtime.files import sha256_of
 from runtime.progress import Progress
-from trainer import train
+from trainer import plans, train
 from trainer.checkpoint import load_checkpoint
 from trainer.config import ModelConfig, Stage1Config, Stage2Config, StageConfig, VqaConfig
 from trainer.data import FeatureStore, ResolvedData, rows_at
+from trainer.guard import TrainingFailed
 from trainer.optimiser import learning_rate, make_optimiser
+from trainer.plans import STAGES, StageName
+from trainer.ranks import Ranks
+from trainer.stepper import Stepper
 
 SHORT = dict(steps=6, batch_size=8, warmup_steps=2, eval_every=3, eval_items=8, save_every=2, learning_rate=1e-3)
-CONFIGS: dict[train.StageName, StageConfig] = {
+CONFIGS: dict[StageName, StageConfig] = {
     "stage1": Stage1Config(**SHORT),
     "stage2": Stage2Config(**SHORT, precision="fp32"),
     "vqa": VqaConfig(**SHORT),
@@ -26,7 +30,7 @@ CONFIGS: dict[train.StageName, StageConfig] = {
 
 
 def run(
-    stage: train.StageName, model: ModelConfig, data: ResolvedData, out: Path, init: Path | None = None, **changes
+    stage: StageName, model: ModelConfig, data: ResolvedData, out: Path, init: Path | None = None, **changes
 ) -> Path:
     config = CONFIGS[stage].model_copy(update=changes)
     return train.run_stage(
@@ -40,6 +44,7 @@ def run(
         recipe_yaml="{}\n",
         store=FeatureStore(),
         progress=Progress(quiet=True),
+        ranks=Ranks(),
     )
 
 
@@ -47,18 +52,18 @@ class Killed(BaseException):
     """Stands for a process that ends between two steps."""
 
 
-@pytest.mark.parametrize("stage", train.STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_resumed_equals_uninterrupted(stage, model_config, data, tmp_path, monkeypatch) -> None:
     whole = run(stage, model_config, data, tmp_path / "whole")
-    update, seen = train._update, []
+    step, seen = Stepper.step, []
 
-    def dying(model, optimiser, loss, step, config):
-        if step == 5 and len(seen) == 5:
+    def dying(self, number, indices, draws):
+        if number == 5 and len(seen) == 5:
             raise Killed
-        seen.append(step)
-        update(model, optimiser, loss, step, config)
+        seen.append(number)
+        return step(self, number, indices, draws)
 
-    monkeypatch.setattr(train, "_update", dying)
+    monkeypatch.setattr(Stepper, "step", dying)
     with pytest.raises(Killed):
         run(stage, model_config, data, tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
@@ -90,7 +95,7 @@ def test_frozen_halves_do_not_change(model_config, data, tmp_path) -> None:
     assert not any(p.requires_grad for p in [*model.vision.parameters(), *model.language_model.parameters()])
 
 
-@pytest.mark.parametrize("stage", train.STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_loss_falls(stage, model_config, data, tmp_path) -> None:
     out = run(stage, model_config, data, tmp_path / stage, steps=60, eval_every=30, save_every=100)
     history = json.loads((out / "metrics.json").read_text())["held_out"]
@@ -123,17 +128,17 @@ def test_broken_images_are_replaced_and_reported(model_config, data, world, tmp_
 
 
 def test_nan_stops_training_and_keeps_the_resume_point(model_config, data, tmp_path, monkeypatch) -> None:
-    objective = train.CaptionObjective
+    objective = plans.CaptionObjective
     real = objective.loss
     calls = []
 
-    def poisoned(self, model, indices, rng):
+    def poisoned(self, model, indices, draws, ranks):
         calls.append(1)
-        loss, figures = real(self, model, indices, rng)
+        loss, figures = real(self, model, indices, draws, ranks)
         return (loss * float("nan") if len(calls) == 4 else loss), figures
 
     monkeypatch.setattr(objective, "loss", poisoned)
-    with pytest.raises(train.TrainingFailed, match="step 4 of 6"):
+    with pytest.raises(TrainingFailed, match="step 4 of 6"):
         run("stage2", model_config, data, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.partial" / "resume.pt").is_file()
@@ -188,7 +193,7 @@ def test_schedule_and_decay_groups(model_config) -> None:
     assert rates[55] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
     model = train.new_blip2(model_config, question_conditioned=True)
-    decayed, kept = (set(map(id, group["params"])) for group in make_optimiser(model.bridge, config).param_groups)
+    decayed, kept = (set(map(id, group["params"])) for group in make_optimiser(model, config).param_groups)
     assert id(model.bridge.temperature) in kept
     assert id(model.bridge.query_tokens) in kept
     assert id(model.bridge.embeddings.word_embeddings.weight) in kept

@@ -37,8 +37,8 @@ from trainer.convert.model import (
 from trainer.convert.options import ImportOptions
 from trainer.convert.stream import Pieces, read_weights
 from trainer.language import language_class
+from trainer.plans import StageName
 from trainer.towers import load_tokenizer
-from trainer.train import StageName
 
 VISION, LANGUAGE, NORM = "vision_model.", "language_model.", "vision_model.post_layernorm."
 

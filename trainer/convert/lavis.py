@@ -33,11 +33,9 @@ from trainer.convert.model import (
 )
 from trainer.convert.options import ImportOptions
 from trainer.convert.stream import Pieces, load_torch, piece_of
-from trainer.towers import load_tokenizer
+from trainer.towers import DECODER_TOKEN, load_tokenizer
 
 BERT_HEAD_WIDTH = 64
-DECODER_TOKEN = "[DEC]"
-"""Begins a generated text in stage 1; LAVIS adds it to BERT's tokens."""
 NEWLINE_ENDS = "opt_proj."
 """LAVIS' OPT models end a text with a newline, its T5 models with T5's own end token."""
 TOWER = "visual_encoder."

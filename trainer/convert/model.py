@@ -13,11 +13,11 @@ from runtime.errors import CheckpointError, InputError
 from runtime.files import atomic_folder
 from runtime.preprocess import PreprocessSettings
 from trainer.bridge import PARTS, Bridge, Part
-from trainer.checkpoint import FORMAT, INSIDE, WEIGHTS, CheckpointConfig, frozen_hashes, resolved, their_name
+from trainer.checkpoint import FORMAT, INSIDE, WEIGHTS, CheckpointConfig, half_hashes, resolved, their_name
 from trainer.config import ModelConfig
 from trainer.convert.check import expected_tensors, require_match
 from trainer.convert.stream import Piece, Pieces, read_weights, write_safetensors, write_weights
-from trainer.train import StageName
+from trainer.plans import StageName
 
 METRICS = "metrics.json"
 """The file that only a folder of ours has: an import may replace what holds it."""
@@ -116,7 +116,7 @@ def write_imported(imported: Imported, out: Path, recipe_yaml: Callable[[ModelCo
             stage=imported.stage,
             question_conditioned=imported.question_conditioned,
             model=imported.model,
-            frozen=frozen_hashes(resolved(imported.model, folder)),
+            frozen=half_hashes(resolved(imported.model, folder)),
             parts=tuple(part for part in PARTS if part in imported.parts),
         )
         _write_json(folder / METRICS, imported.metrics)

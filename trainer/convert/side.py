@@ -27,7 +27,7 @@ from trainer.convert.hf import read_hf, read_hf_config
 from trainer.convert.model import Half, Imported, half_of, require_bridge
 from trainer.convert.options import ImportOptions
 from trainer.convert.stream import read_safetensors
-from trainer.train import StageName
+from trainer.plans import StageName
 
 SIDE = "qforge.json"
 SIDE_WEIGHTS = "qforge.safetensors"

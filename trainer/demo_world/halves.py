@@ -31,7 +31,7 @@ from trainer.demo_world.reader import Told, pretrain_language, tell
 from trainer.demo_world.scene import COLOURS, RADIUS, SHAPES, WIDE, Scene, random_scenes
 from trainer.demo_world.vocabulary import train_text_tokenizer
 from trainer.language import Style
-from trainer.towers import new_vision_tower
+from trainer.new_halves import new_vision_tower
 
 STYLES: dict[str, Style] = {"language": "decoder-only", "language_t5": "encoder-decoder"}
 """Language halves, by folder."""

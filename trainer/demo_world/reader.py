@@ -26,7 +26,7 @@ from trainer.demo_world.optimise import optimise
 from trainer.demo_world.scene import WIDE, Split, random_scenes
 from trainer.demo_world.vocabulary import train_language_tokenizer
 from trainer.language import Style, style_of
-from trainer.towers import new_encoder_decoder, new_language_model
+from trainer.new_halves import new_encoder_decoder, new_language_model
 
 CAPTION_SPLITS = 1
 """Seed of where an encoder-decoder is given captions' beginnings."""
