@@ -90,7 +90,8 @@ def _stage1(given: Ingredients, config: StageConfig) -> Plan:
     if config.itc_queue:
         momentum = MomentumEncoder(given.model.bridge, config.itc_momentum, config.itc_queue)
     objective = Stage1(config, captions, given.with_images(described[: config.eval_items]), momentum)
-    return Plan(objective, (captions,), objective.evaluate)
+    state: dict[str, Stateful] = {} if momentum is None else {"momentum": momentum}
+    return Plan(objective, (captions,), objective.evaluate, state)
 
 
 def _stage2(given: Ingredients, config: StageConfig) -> Plan:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from runtime.errors import InputError
 from trainer.blip2 import Blip2
@@ -39,27 +39,31 @@ def spread(stage: str, model: Blip2, config: StageConfig, ranks: Ranks) -> None:
 
 @contextmanager
 def whole(model: Blip2) -> Iterator[None]:
-    """Every process has the whole of a trained half meanwhile, for a checkpoint to be written; all call this."""
-    pieces = [part for part in model.trained().modules() if isinstance(part, FSDPModule)]
-    for part in pieces:
-        part.unshard()
+    """The trained halves have whole weights meanwhile, for a checkpoint to be written; all processes call this."""
+    pieces = [
+        (part, name, weights)
+        for part in model.trained().modules()
+        for name, weights in part.named_parameters(recurse=False)
+        if isinstance(weights, DTensor)
+    ]
+    for part, name, weights in pieces:
+        part.register_parameter(name, nn.Parameter(weights.full_tensor(), requires_grad=False))
     try:
         yield
     finally:
-        for part in pieces:
-            part.reshard()
+        for part, name, weights in pieces:
+            part.register_parameter(name, weights)
 
 
 def _shard(setting: str, half: nn.Module, ranks: Ranks) -> None:
     layers = layers_of(half)
     if not layers:
         raise InputError(f"{setting}: {type(half).__name__} is no stack of layers that could be shared out; leave it")
-    mesh = init_device_mesh(ranks.device.type, (dist.get_world_size(),))
+    # What lies outside the layers (embeddings, norms) is small and stays whole. The half itself is not sharded: it
+    # would be of another class, and transformers looks up by class which hidden states it hands out.
+    mesh = init_device_mesh(ranks.device.type, (ranks.count,))
     for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    # What lies outside the layers (embeddings, norms) is small, and its parts are called on their own: it stays whole.
-    inside = {parameter for layer in layers for parameter in layer.parameters()}
-    fully_shard(half, mesh=mesh, ignored_params={p for p in half.parameters() if p not in inside})
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 
 def layers_of(half: nn.Module) -> list[nn.Module]:

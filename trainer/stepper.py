@@ -142,7 +142,7 @@ def _replica(model: Blip2, ranks: Ranks) -> Any:
     elsewhere = [name for name, tensor in replica.named_parameters() if not tensor.requires_grad or _sharded(tensor)]
     elsewhere += [name for name, _ in replica.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(replica, elsewhere)
-    return DistributedDataParallel(replica, broadcast_buffers=False, find_unused_parameters=True)
+    return DistributedDataParallel(replica, find_unused_parameters=True)
 
 
 def rows_per_process(stage: str, config: StageConfig, ranks: Ranks) -> int:

@@ -1,0 +1,149 @@
+"""Trainings of a few steps, run by one process in the tests and by two in `python -m tests.trainer.together FOLDER`.
+
+FOLDER/given.json says model and data; each training leaves its steps and errors in FOLDER/NAME.PROCESSES.json.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime.progress import Progress
+from trainer.blip2 import Blip2
+from trainer.config import ModelConfig, QFormerConfig, Stage1Config, Stage2Config, StageConfig, VqaConfig
+from trainer.data import FeatureStore, ResolvedData
+from trainer.guard import TrainingFailed
+from trainer.plans import CaptionObjective, StageName
+from trainer.ranks import Ranks, join
+from trainer.stepper import Stepper
+from trainer.train import run_stage
+from trainer.watch import StepReport, Watcher
+
+SHORT: dict[str, Any] = dict(
+    steps=4,
+    batch_size=8,
+    warmup_steps=1,
+    eval_every=4,
+    eval_items=4,
+    save_every=2,
+    learning_rate=1e-3,
+    precision="fp32",
+)
+TRAININGS: dict[str, tuple[StageName, StageConfig]] = {
+    "stage1": ("stage1", Stage1Config(**SHORT)),
+    "stage1_parts": ("stage1", Stage1Config(**SHORT, accumulation=2)),
+    "stage1_faithful": ("stage1", Stage1Config(**SHORT, itc_key_gradient=False, itc_queue=16)),
+    "stage2": ("stage2", Stage2Config(**SHORT)),
+    "stage2_parts": ("stage2", Stage2Config(**SHORT, accumulation=2)),
+    "vqa": ("vqa", VqaConfig(**SHORT)),
+    "sharded": ("stage2", Stage2Config(**SHORT, shard=("vision", "language"))),
+    "sharded_tower": ("stage2", Stage2Config(**SHORT, shard=("vision",), train_vision=True)),
+    "whole_tower": ("stage2", Stage2Config(**SHORT, train_vision=True)),
+    "broken": ("stage2", Stage2Config(**SHORT)),
+}
+SAME_ON_BOTH = [name for name in TRAININGS if name not in ("sharded", "sharded_tower")]
+"""Those that one process can do too."""
+
+
+class Notes(Watcher):
+    """Keeps what the loop tells."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+
+    def after_step(self, model: Blip2, report: StepReport) -> None:
+        self.steps.append(asdict(report))
+
+
+class Given:
+    """Model and data of all trainings."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        given = json.loads((folder / "given.json").read_text())
+        self.model = ModelConfig.model_validate(given["model"])
+        self.data, self.broken_data = (_data(given[name]) for name in ("data", "broken_data"))
+
+    @staticmethod
+    def write(folder: Path, model: ModelConfig, data: ResolvedData, broken_data: ResolvedData) -> None:
+        """What `Given(folder)` reads; the model is given no dropout, which differs between processes."""
+        small = model.model_copy(update={"qformer": QFormerConfig(**model.qformer.model_dump() | {"dropout": 0.0})})
+        tree = {"model": small.model_dump(mode="json"), "data": asdict(data), "broken_data": asdict(broken_data)}
+        (folder / "given.json").write_text(json.dumps(tree, default=str))
+
+    def train(self, name: str, ranks: Ranks, *, out: str | None = None, dropout: float = 0.0) -> Path:
+        """One training; returns its checkpoint and leaves its steps beside it."""
+        stage, config = TRAININGS[name]
+        qformer = self.model.qformer.model_copy(update={"dropout": dropout})
+        notes, folder = Notes(), self.folder / f"{out or name}.{ranks.count}"
+        run_stage(
+            stage,
+            model=self.model.model_copy(update={"qformer": qformer}),
+            data=self.broken_data if name == "broken" else self.data,
+            config=config,
+            seed=3,
+            init=None,
+            out=folder,
+            recipe_yaml="{}\n",
+            store=FeatureStore(),
+            progress=Progress(quiet=True),
+            ranks=ranks,
+            watchers=[notes],
+        )
+        if ranks.is_main:
+            folder.with_suffix(f".{ranks.count}.json").write_text(json.dumps(notes.steps))
+        return folder
+
+
+def _data(tree: Mapping[str, Any]) -> ResolvedData:
+    return ResolvedData(**{key: Path(value) if isinstance(value, str) else value for key, value in tree.items()})
+
+
+class Poisoned(CaptionObjective):
+    """Stage 2 whose loss in the third step is no number, on the last process alone."""
+
+    calls = 0
+
+    def loss(self, model: Blip2, indices: Any, draws: Any, ranks: Ranks) -> tuple[torch.Tensor, dict[str, float]]:
+        loss, figures = super().loss(model, indices, draws, ranks)
+        Poisoned.calls += 1
+        bad = Poisoned.calls == 3 and ranks.index == ranks.count - 1
+        return (loss * float("nan") if bad else loss), figures
+
+
+class Killed(Exception):
+    """Stands for what ends all processes between two steps."""
+
+
+def main(folder: Path) -> None:
+    """All trainings on the processes of the launcher."""
+    import trainer.plans
+
+    given, ranks = Given(folder), join()
+    for name in TRAININGS:
+        given.train(name, ranks)
+    step = Stepper.step
+
+    def dying(self: Stepper, number: int, *rest: Any) -> Any:
+        if number == 3:
+            raise Killed
+        return step(self, number, *rest)
+
+    Stepper.step = dying  # type: ignore[method-assign]
+    try:
+        given.train("stage1", ranks, out="cut")
+    except Killed:
+        Stepper.step = step  # type: ignore[method-assign]
+    trainer.plans.CaptionObjective = Poisoned  # type: ignore[misc]
+    try:
+        given.train("stage2", ranks, out="poisoned")
+    except TrainingFailed as error:
+        (folder / f"failed.{ranks.index}").write_text(str(error))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
