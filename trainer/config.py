@@ -89,13 +89,17 @@ class DemoHalvesConfig(Settings):
     vision_steps: PositiveInt = 2_500
     """Optimiser steps of the image encoder."""
     language_steps: PositiveInt = 4_000
-    """Optimiser steps of the language model."""
+    """Optimiser steps of the decoder-only language model."""
     note_steps: NonNegativeInt = 1_000
     """The first of them, on notes alone."""
     vision_batch_size: PositiveInt = 64
     """Pictures in a step."""
     language_batch_size: PositiveInt = 96
     """Documents in a step of the decoder-only language model."""
+    t5_steps: PositiveInt = 3_000
+    """Optimiser steps of the encoder-decoder."""
+    t5_note_steps: NonNegativeInt = 800
+    """The first of them, on notes alone."""
     t5_batch_size: PositiveInt = 48
     """Documents in a step of the encoder-decoder."""
     vision_learning_rate: PositiveFloat = 1.5e-3

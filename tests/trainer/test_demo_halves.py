@@ -29,7 +29,9 @@ from trainer.new_halves import new_encoder_decoder
 from trainer.towers import DEMO_HALVES, load_tokenizer, source_folder
 
 PROMPT = ModelConfig().vqa_prompt
-SMALL = DemoHalvesConfig(told_scenes=12, language_steps=3, note_steps=2, language_batch_size=4, t5_batch_size=4)
+SMALL = DemoHalvesConfig(
+    told_scenes=12, language_steps=3, note_steps=2, language_batch_size=4, t5_steps=3, t5_note_steps=1, t5_batch_size=4
+)
 
 
 def told(scenes: int, seed: int = 0) -> list[Document]:

@@ -65,17 +65,23 @@ def pretrain_language(
     tokenizer = train_language_tokenizer(told.texts(), style)
     model = _blank_model(style, tokenizer)
     train = _lesson(model, tokenizer, told.train)
-    every = torch.arange(len(told.train))
-    dense = torch.tensor([i for i, doc in enumerate(told.train) if len(doc.told) > 1])
-    order, taken = torch.Generator().manual_seed(config.seed), count()
-    size = config.language_batch_size if style == "decoder-only" else config.t5_batch_size
+    steps, note_steps, size = (
+        (config.language_steps, config.note_steps, config.language_batch_size)
+        if style == "decoder-only"
+        else (config.t5_steps, config.t5_note_steps, config.t5_batch_size)
+    )
+    every, (notes, answers, others) = torch.arange(len(told.train)), _kinds(told.train)
+    mixed = [every] if style == "decoder-only" else [notes, answers, others]
+    shares = torch.tensor([float(len(places)) for places in mixed])
+    order, of_kind = (torch.Generator().manual_seed(config.seed) for _ in range(2))
+    taken = count()
 
     def step() -> Tensor:
-        among = dense if next(taken) < config.note_steps else every
-        rows = among[torch.randint(len(among), (size,), generator=order)]
-        return _loss(model, train.rows(rows))
+        kind = int(torch.multinomial(shares, 1, generator=of_kind))
+        among = notes if next(taken) < note_steps else mixed[kind]
+        return _loss(model, train.rows(among[torch.randint(len(among), (size,), generator=order)]))
 
-    optimise([model], step, config.language_steps, config.language_learning_rate, progress, f"{style} language model")
+    optimise([model], step, steps, config.language_learning_rate, progress, f"{style} language model")
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     model.float().eval()
@@ -92,6 +98,16 @@ def answers_read_off(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
     logits_NTV, said_NT, weights_NT = _predict(model, asked)
     right = ((logits_NTV.argmax(-1) == said_NT) | (weights_NT != ANSWER_WEIGHT)).all(1)
     return float(right.float().mean())
+
+
+def _kinds(docs: Sequence[Document]) -> tuple[Tensor, Tensor, Tensor]:
+    """Places of documents with several notes, of questions, and of the others.
+
+    An encoder-decoder takes a step over one kind: questions have short answers, and beside notes they would be padded.
+    """
+    notes = torch.tensor([len(doc.told) > 1 for doc in docs])
+    answers = torch.tensor([doc.weight == ANSWER_WEIGHT for doc in docs])
+    return notes.nonzero()[:, 0], answers.nonzero()[:, 0], (~notes & ~answers).nonzero()[:, 0]
 
 
 def _blank_model(style: Style, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
