@@ -70,8 +70,8 @@ def pretrain_language(
         if style == "decoder-only"
         else (config.t5_steps, config.t5_note_steps, config.t5_batch_size)
     )
-    every, (notes, answers, others) = torch.arange(len(told.train)), _kinds(told.train)
-    mixed = [every] if style == "decoder-only" else [notes, answers, others]
+    every, (notes, questions, others) = torch.arange(len(told.train)), _kinds(told.train)
+    mixed = [every] if style == "decoder-only" else [notes, questions, others]
     shares = torch.tensor([float(len(places)) for places in mixed])
     order, of_kind = (torch.Generator().manual_seed(config.seed) for _ in range(2))
     taken = count()
@@ -106,8 +106,8 @@ def _kinds(docs: Sequence[Document]) -> tuple[Tensor, Tensor, Tensor]:
     An encoder-decoder takes a step over one kind: questions have short answers, and beside notes they would be padded.
     """
     notes = torch.tensor([len(doc.told) > 1 for doc in docs])
-    answers = torch.tensor([doc.weight == ANSWER_WEIGHT for doc in docs])
-    return notes.nonzero()[:, 0], answers.nonzero()[:, 0], (~notes & ~answers).nonzero()[:, 0]
+    questions = torch.tensor([doc.weight == ANSWER_WEIGHT for doc in docs])
+    return notes.nonzero()[:, 0], questions.nonzero()[:, 0], (~notes & ~questions).nonzero()[:, 0]
 
 
 def _blank_model(style: Style, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
