@@ -23,4 +23,4 @@ def optimise(
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
             schedule.step()
-            bar.advance(loss=float(loss))
+            bar.advance(loss=float(loss.detach()))
