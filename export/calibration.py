@@ -15,13 +15,14 @@ import numpy as np
 from export.feeds import StoredFeeds
 from export.graphs import Arrays, Graph
 from runtime.answers import Request
-from runtime.dataset import Row, read_manifest
+from runtime.dataset import Row
 from runtime.errors import DataError, ImageError
 from runtime.image_encoder import FUSED, pad_questions
 from runtime.preprocess import load_image, preprocess
 from runtime.progress import Progress
 from runtime.text import qformer_text
 from trainer.blip2 import Blip2, text_batch
+from trainer.sources.convert import read_rows
 
 NAMED = 5
 """Broken images that a message names."""
@@ -59,7 +60,7 @@ def draw(
     calibration_images = 0 if again else calibration_images
     names, wanted = ", ".join(map(str, manifests)), calibration_images + verification_images
     taken = {Path(str(request.image)).resolve() for request in again}
-    questions = _questions_by_image([row for path in manifests for row in read_manifest(path)])
+    questions = _questions_by_image([row for path in manifests for row in read_rows(path)])
     known, rng = [image for image in questions if image.resolve() not in taken], np.random.default_rng(seed)
     images, broken = list[Path](), list[str]()
     for index in rng.permutation(len(known)):

@@ -24,7 +24,6 @@ from export.verify import require_parity
 from runtime.answers import Request
 from runtime.bundle import Bundle
 from runtime.checks import relative_error
-from runtime.dataset import read_manifest
 from runtime.errors import CheckFailed, DataError
 from runtime.image_encoder import pad_questions
 from runtime.preprocess import preprocess, preprocess_batch
@@ -34,6 +33,7 @@ from runtime.retrieval import GRAPHS, RETRIEVAL_TOKENIZER, Floats, Retrieval, Re
 from runtime.tokenizer import TextTokenizer, cut
 from trainer.blip2 import Blip2, text_batch
 from trainer.retrieval import EagerRetrieval
+from trainer.sources.convert import read_rows
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def draw_pairs(manifests: Sequence[Path], requests: Sequence[Request], seed: int
         return []
     captions: dict[str, list[str]] = {}
     for path in manifests:
-        for row in read_manifest(path):
+        for row in read_rows(path):
             captions.setdefault(str(row.image), []).extend(row.captions)
     known = list(dict.fromkeys(text for texts in captions.values() for text in texts))
     if len(known) < 2:

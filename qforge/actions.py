@@ -17,47 +17,73 @@ from typing import TYPE_CHECKING
 from export.config import ExportConfig
 from qforge.recipe import Recipe
 from qforge.report import report_text
-from runtime.dataset import check_manifest, read_manifest
-from runtime.errors import CheckFailed, require
+from runtime.dataset import read_manifest
+from runtime.errors import CheckFailed, MissingFile, require
 from runtime.files import sha256_of, write_json_atomic
+from runtime.packed import piece_of
 from runtime.precision import Precision
 from runtime.preprocess import load_image
 from runtime.progress import Progress
-from trainer.config import DEMO_FOLDERS, DataConfig, ModelConfig
+from trainer.config import DEMO_FOLDERS, ModelConfig, StageConfig, StageName
+from trainer.sources.check import LOOKED_THROUGH, look_at, sampled
+from trainer.sources.convert import as_manifest, files_behind
+from trainer.sources.rows import ManifestRows
+from trainer.sources.source import Source, resolve_source
 
 if TYPE_CHECKING:
     from trainer.data import FeatureStore
-    from trainer.plans import StageName
 
-MANIFESTS = ("captions_train", "captions_val", "captions_test", "vqa_train", "vqa_val", "vqa_test")
-"""Settings of the data section that name a manifest."""
+DATA_SETS = ("captions_train", "captions_val", "captions_test", "vqa_train", "vqa_val", "vqa_test")
+"""Settings of the data section that name data sets."""
 TESTS = ("captions_test", "vqa_test")
+HASHED_BYTES = 64 * 2**20
+"""Largest data file that counts by its content; a larger one counts by size and time, as images do."""
 
 
-def manifests_of(data: DataConfig, out: Path) -> dict[str, Path]:
-    """Manifest paths by setting, as `trainer.data.resolve` has them, but without loading torch."""
+def sources_of(recipe: Recipe, out: Path) -> dict[str, tuple[Source, ...]]:
+    """Data sets by setting, as `trainer.data.resolve` has them, but without loading torch.
+
+    Questions are for a recipe that trains on them; without, none need be there.
+    """
+    data, asks = recipe.data, "vqa" in recipe.stages
     root = out / "data" if data.root is None else data.root
-    names = {setting: getattr(data, setting) for setting in MANIFESTS}
-    return {setting: root / name for setting, name in names.items() if name is not None}
+    named = {setting: getattr(data, setting) for setting in DATA_SETS if asks or not setting.startswith("vqa_")}
+    return {
+        setting: tuple(resolve_source(config, root) for config in configs)
+        for setting, configs in named.items()
+        if configs is not None
+    }
+
+
+def manifests_of(recipe: Recipe, out: Path) -> dict[str, Path]:
+    """A manifest for each setting, for what reads all rows of it alike."""
+    return {setting: as_manifest(sources) for setting, sources in sources_of(recipe, out).items()}
 
 
 def fingerprint_data(recipe: Recipe, out: Path) -> dict[str, str]:
-    """What tells that the user's own data changed: content of the manifests, size and time of the images."""
+    """What tells that the user's own data changed: content of the manifests, size and time of the images.
+
+    Files of more than 64 MiB count by size and time, and of a set of more than 65,536 rows 2,000 images, evenly
+    spaced, stand for all.
+    """
     if recipe.data.root is None:
         return {}
-    found = {}
-    for manifest in manifests_of(recipe.data, out).values():
-        found[str(manifest)] = sha256_of(manifest)
-        for image in {row.image for row in read_manifest(manifest)}:
-            found[str(image)] = _size_and_time(image) if image.is_file() else "missing"
+    found: dict[str, str] = {}
+    for source in {source for sources in sources_of(recipe, out).values() for source in sources}:
+        found |= {str(file): _content(file) for file in files_behind(source)}
+        rows = ManifestRows(as_manifest([source]))
+        places = range(len(rows)) if len(rows) <= LOOKED_THROUGH else sampled(len(rows))
+        for image in {rows[place].image for place in places}:
+            if piece_of(image) is None:  # the file it is packed in is there already
+                found[str(image)] = _size_and_time(image) if image.is_file() else "missing"
     return found
 
 
 def fingerprint_sources(model: ModelConfig) -> dict[str, str]:
     """Size and time of every file of halves that are local folders; the shipped ones count as code."""
-    sources = [source for source in (model.vision, model.language, model.text_tokenizer) if source is not None]
+    sources = (model.vision, model.language, model.text_tokenizer, model.qformer_init)
     shipped = {source for _, source in DEMO_FOLDERS}
-    folders = [Path(source) for source in sources if source not in shipped]
+    folders = [Path(source) for source in sources if source is not None and source not in shipped]
     files = [file for folder in folders if folder.is_dir() for file in folder.rglob("*") if file.is_file()]
     return {str(file): _size_and_time(file) for file in files}
 
@@ -86,20 +112,22 @@ def prepare_data(recipe: Recipe, out: Path, folder: Path) -> None:
 
         write_demo_world(recipe.data.demo, folder, Progress())
         return
-    reports = {}
-    for setting, manifest in manifests_of(recipe.data, out).items():
-        report = check_manifest(manifest)
-        reports[setting] = report.as_json()
-        if report.ok:
-            continue
-        if setting in TESTS:
-            for row in read_manifest(manifest):
-                load_image(row.image)
-        print(
-            f"warning: {manifest}: {len(report.problems)} problems, the first is: {report.problems[0]}. "
-            f"All of them: qforge data check {manifest}",
-            file=sys.stderr,
-        )
+    reports: dict[str, list[dict[str, object]]] = {}
+    for setting, sources in sources_of(recipe, out).items():
+        reports[setting] = []
+        for source in sources:
+            report = look_at(source)
+            reports[setting].append({"path": str(source.path), **report.as_json()})
+            if report.ok:
+                continue
+            if setting in TESTS:
+                for row in ManifestRows(as_manifest([source])):
+                    load_image(row.image)
+            print(
+                f"warning: {source.path}: {len(report.problems)} problems, the first is: {report.problems[0]}. "
+                f"All of them: qforge data check {source.path}",
+                file=sys.stderr,
+            )
     write_json_atomic(folder / "check.json", {"manifests": reports, "files": fingerprint_data(recipe, out)})
 
 
@@ -113,25 +141,33 @@ def build_halves(recipe: Recipe, folder: Path) -> None:
 
 
 def train_stage(
-    stage: "StageName", recipe: Recipe, model: ModelConfig, out: Path, init: Path | None, folder: Path
+    stage: StageName, recipe: Recipe, model: ModelConfig, out: Path, init: Path | None, folder: Path
 ) -> None:
-    """Train one stage from the checkpoint `init`, or go on with what an interrupted call left in `folder`."""
+    """Train one stage from the checkpoint `init`, or go on with what an interrupted call left in `folder`.
+
+    An image encoder that an earlier stage of this run trained takes the place of the recipe's.
+    """
     require("torch", extra="train", why="Training")
+    from trainer.checkpoint import with_trained_halves
     from trainer.data import resolve
     from trainer.ranks import join
     from trainer.train import run_stage
 
     ranks = join()
+    config: StageConfig = getattr(recipe, stage)
+    if init is not None and out in init.parents:
+        model = with_trained_halves(model, init)
+    size = config.adapted(model).image_size
     run_stage(
         stage,
         model=model,
         data=resolve(recipe.data, out / "data"),
-        config=getattr(recipe, stage),
+        config=config,
         seed=recipe.seed,
         init=init,
         out=folder,
         recipe_yaml=recipe.to_yaml(),
-        store=_features(model.vision, model.vision_layer, model.image_size, out),
+        store=_features(model.vision, model.vision_layer, size, out),
         progress=Progress(quiet=not ranks.is_main),
         ranks=ranks,
     )
@@ -150,13 +186,13 @@ def export_bundle(recipe: Recipe, precision: Precision, reuse: Path | None, out:
     require("onnx", extra="export", why="Exporting")
     from export.pipeline import export_bundle
 
-    manifests = manifests_of(recipe.data, out)
+    manifests = manifests_of(recipe, out)
     export_bundle(
         out / "checkpoint",
         folder,
         _gated(recipe.export, manifests),
         precision=precision,
-        calibration=[manifests["vqa_train"], manifests["captions_train"]],
+        calibration=[manifests[name] for name in ("vqa_train", "captions_train") if name in manifests],
         recipe_yaml=recipe.to_yaml(),
         reuse=reuse,
         progress=Progress(),
@@ -196,7 +232,7 @@ def bench(recipe: Recipe, bundles: Sequence[Path], out: Path, folder: Path) -> N
     """Bundles beside eager PyTorch, same inputs, same run."""
     # A broken gate is written in result.json, where `failures_of` finds it: the report that shows it is made first.
     with contextlib.suppress(CheckFailed):
-        measure(recipe, bundles, out / "checkpoint", manifests_of(recipe.data, out), folder)
+        measure(recipe, bundles, out / "checkpoint", manifests_of(recipe, out), folder)
 
 
 def measure(
@@ -211,8 +247,8 @@ def measure(
         checkpoint,
         recipe.bench,
         caption_rows=read_manifest(manifests["captions_test"]),
-        vqa_rows=read_manifest(manifests["vqa_test"]),
-        prior_rows=read_manifest(manifests["vqa_train"]),
+        vqa_rows=read_manifest(manifests["vqa_test"]) if "vqa_test" in manifests else [],
+        prior_rows=read_manifest(manifests["vqa_train"]) if "vqa_train" in manifests else [],
         out=folder,
         progress=Progress(),
     )
@@ -230,6 +266,12 @@ def failures_of(out: Path) -> list[str]:
     result = json.loads((out / "report/result.json").read_text(encoding="utf-8"))
     failures: list[str] = result["failures"]
     return failures
+
+
+def _content(file: Path) -> str:
+    if not file.is_file():
+        raise MissingFile(f"{file}: expected a data set, found nothing under that name")
+    return sha256_of(file) if file.stat().st_size <= HASHED_BYTES else _size_and_time(file)
 
 
 def _size_and_time(file: Path) -> str:

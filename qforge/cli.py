@@ -61,8 +61,9 @@ def train(
     recipe: RecipeFile,
     out: RunFolder,
     stage: Annotated[
-        Stage, typer.Option(help="Last stage to train; the ones before it are made when missing.")
-    ] = "vqa",
+        Stage | None,
+        typer.Option(help="Train this stage, and those it goes on from when missing; without, all of the recipe."),
+    ] = None,
     init: Init = None,
     overrides: Overrides = None,
 ) -> Outcome:
@@ -76,14 +77,28 @@ def train(
 
 
 @verb(data, "check", "qforge data check data/captions_train.jsonl")
-def data_check(manifest: Annotated[Path, typer.Argument(metavar="FILE", help="Manifest, JSON Lines.")]) -> Outcome:
-    """Read every line and image of a data set.
+def data_check(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Data set in any format; or a folder, or shards.")],
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="manifest, coco, karpathy, flickr30k, vqav2, records, webdataset or huggingface; "
+            "without it, told by the content.",
+        ),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split to read, such as train; without it, all.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images; without it, that of FILE.")] = None,
+    answers: Annotated[Path | None, typer.Option(help="VQAv2's annotations, beside its questions in FILE.")] = None,
+) -> Outcome:
+    """Read every row and image of a data set.
 
-    Prints counts and problems. Exit 1 when there are problems.
+    Prints counts and problems. Exit 1 when there are problems. Reads our manifest (JSON Lines), COCO captions, Karpathy
+    splits, Flickr30k, VQAv2, LAVIS and LLaVA records, webdataset tars, Hugging Face datasets.
     """
     from qforge import verbs_train
 
-    return verbs_train.data_check(manifest)
+    return verbs_train.data_check(path, form, split, images, answers)
 
 
 @verb(data, "demo", "qforge data demo --out world --set data.demo.train_scenes=500")

@@ -24,7 +24,7 @@ data = typer.Typer(help="Data sets: check one, or draw the demo world.", no_args
 app.add_typer(data, name="data")
 
 Task = Literal["caption", "vqa", "retrieval"]
-Stage = Literal["stage1", "stage2", "vqa"]
+Stage = Literal["stage1", "stage2", "caption", "vqa", "retrieval"]
 Heads = Literal["generate", "retrieval", "both"]
 Dtype = Literal["float16", "float32"]
 Provider = Literal["cpu", "cuda", "tensorrt", "openvino"]

@@ -10,21 +10,31 @@ import difflib
 import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, NonNegativeInt, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from benchmarks.config import BenchConfig
 from export.config import ExportConfig
 from runtime.errors import InputError, MissingFile
 from runtime.settings import Settings
-from trainer.config import DataConfig, ModelConfig, Stage1Config, Stage2Config, VqaConfig
+from trainer.config import (
+    STAGES,
+    CaptionConfig,
+    DataConfig,
+    ModelConfig,
+    RetrievalConfig,
+    Stage1Config,
+    Stage2Config,
+    StageName,
+    VqaConfig,
+)
 
 
 class Recipe(Settings):
-    """One whole run: data, model, three training stages, export, benchmark."""
+    """One whole run: data, model, training stages, export, benchmark."""
 
     seed: NonNegativeInt = 0
     """Seed of weights, order and dropout; with the same seed a run gives the same weights."""
@@ -32,16 +42,31 @@ class Recipe(Settings):
     """The halves and the bridge between them."""
     data: DataConfig = DataConfig()
     """Image-text pairs."""
+    stages: tuple[StageName, ...] = Field(default=("stage1", "stage2", "vqa"), min_length=1)
+    """Which stages are trained, in the order stage1, stage2, caption, vqa, retrieval; the last one is what is exported.
+    caption and vqa go on from stage2, retrieval from stage1, or from the nearest stage before it that is listed.
+    """
     stage1: Stage1Config = Stage1Config()
     """Representation learning with the frozen image encoder."""
     stage2: Stage2Config = Stage2Config()
     """Generative learning with the frozen language model."""
+    caption: CaptionConfig = CaptionConfig()
+    """Fine-tune on captions."""
     vqa: VqaConfig = VqaConfig()
     """Fine-tune on questions."""
+    retrieval: RetrievalConfig = RetrievalConfig()
+    """Fine-tune for search."""
     export: ExportConfig = ExportConfig()
     """What becomes a bundle."""
     bench: BenchConfig = BenchConfig()
     """What is measured."""
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> "Recipe":
+        ordered = tuple(stage for stage in STAGES if stage in self.stages)
+        if self.stages != ordered:
+            raise ValueError(f"stages: expected each once and in order: {', '.join(ordered)}")
+        return self
 
     def to_yaml(self) -> str:
         """Every setting, defaults included; itself a valid recipe."""
@@ -179,7 +204,9 @@ def _initials(key: str) -> str:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model behind a field's annotation, `Model | None` included."""
+    """The pydantic model behind a field's annotation, `Model | None` included, but not the items of a list."""
+    if get_origin(annotation) is tuple:
+        return None
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate

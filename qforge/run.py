@@ -7,11 +7,11 @@ OUT/work           what lies between
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from qforge import actions
 from qforge.peers import join
@@ -20,16 +20,17 @@ from qforge.steps import Done, Step, folder_lock, follow_steps, run_steps
 from runtime.errors import InputError
 from runtime.files import write_text_atomic
 from runtime.precision import NOT_ON_CPU, Precision
-from trainer.config import ModelConfig
+from trainer.config import STAGES, STARTS_FROM, ModelConfig, StageName
 
-Stage = Literal["stage1", "stage2", "vqa"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
-STAGE_FOLDERS = {"stage1": "steps/stage1", "stage2": "steps/stage2", "vqa": "checkpoint"}
-STAGE_STORIES = {
+STAGE_STORIES: dict[StageName, str] = {
     "stage1": "learning representations by contrast, matching and generation",
     "stage2": "learning to speak through the frozen language model",
+    "caption": "fine-tuning on captions",
     "vqa": "fine-tuning on questions",
+    "retrieval": "fine-tuning for search",
 }
+SEARCH_STAGES: tuple[StageName, ...] = ("stage1", "retrieval")
+"""Whose checkpoints search and say nothing."""
 TRAINS = ("trainer", "runtime")
 FACE = ("qforge", *TRAINS)
 EXPORTS = ("export", "trainer", "runtime")
@@ -41,8 +42,13 @@ class Start:
     """Where a run begins when it does not begin from nothing."""
 
     checkpoint: Path
-    stage: Stage
-    """The first stage to train."""
+    after: str
+    """The stage it is the outcome of."""
+
+    def left(self, stages: Sequence[StageName]) -> tuple[StageName, ...]:
+        """Those of the stages to train that come later; the last of them once more when none does."""
+        done = STAGES.index(self.after) if self.after in STAGES else -1
+        return tuple(stage for stage in stages if STAGES.index(stage) > done) or (stages[-1],)
 
 
 @dataclass(frozen=True)
@@ -57,30 +63,18 @@ def run(
     recipe: Recipe,
     out: Path,
     *,
-    until: str | None = None,
+    only: tuple[StageName, ...] | None = None,
     start: Start | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Finished:
-    """Bring every step of the recipe up to date in `out`, or those up to and with `until`; `say` gets the lines.
+    """Bring every step of the recipe up to date in `out`, or the training of the stages `only`; `say` gets the lines.
 
     `start` is the checkpoint to begin from; the stages behind it are left out. Of several processes that a launcher
     started, all train, and the first does everything else.
     """
-    if recipe.export.heads == "retrieval":
-        raise InputError(
-            "export.heads: expected generate or both, found retrieval: a run measures answers. Make a bundle that only "
-            f"searches from its stage 1: qforge export {out / STAGE_FOLDERS['stage1']} --heads retrieval"
-        )
-    if recipe.export.language_precision in NOT_ON_CPU or set(recipe.export.precisions) <= {*NOT_ON_CPU}:
-        raise InputError(
-            "export.precisions, export.language_precision: expected a bundle that this CPU can run, found BF16 "
-            "alone: a run measures answers. Add fp16 or fp32 to export.precisions, or make the bundle by itself: "
-            "qforge export CKPT --precision bf16 --language-precision bf16"
-        )
-    table = steps_of(recipe, out, start)
-    if until is not None:
-        table = table[: [step.name for step in table].index(until) + 1]
-    peers = join()
+    if only is None:
+        _require_answers(recipe, out)
+    table, peers = steps_of(recipe, out, start, only), join()
     with peers.together():
         if not peers.is_main:
             follow_steps(table, peers)
@@ -90,9 +84,53 @@ def run(
             return Finished(out, run_steps(table, out, say or _to_stderr, peers))
 
 
-def steps_of(recipe: Recipe, out: Path, start: Start | None = None) -> list[Step]:
-    """The whole run: name, story, folder, action, and what decides the result."""
-    stages = STAGES if start is None else STAGES[STAGES.index(start.stage) :]
+def stage_folder(recipe: Recipe, stage: StageName) -> str:
+    """Where a stage's checkpoint lies, relative to the run; the last stage's is the run's."""
+    return "checkpoint" if stage == recipe.stages[-1] else f"steps/{stage}"
+
+
+def stages_to(stages: Sequence[StageName], last: StageName) -> tuple[StageName, ...]:
+    """Those of the stages that `last` goes on from, in order, and itself; InputError when it is none of them."""
+    if last not in stages:
+        raise InputError(
+            f"stage {last}: expected one of the recipe's stages ({', '.join(stages)}); add it to them: "
+            f"--set stages=[{','.join(stage for stage in STAGES if stage in (*stages, last))}]"
+        )
+    chain, stage = list[StageName](), STARTS_FROM[last]
+    while stage is not None:
+        chain += [stage] * (stage in stages)
+        stage = STARTS_FROM[stage]
+    return (*reversed(chain), last)
+
+
+def _require_answers(recipe: Recipe, out: Path) -> None:
+    """InputError unless the run ends with bundles that can be asked on this machine: they are measured."""
+    last = recipe.stages[-1]
+    if last in SEARCH_STAGES:
+        raise InputError(
+            f"stages: expected a last stage that answers (stage2, caption, vqa), found {last}: a run measures answers. "
+            f"Train it by itself: qforge train RECIPE --out {out}, then: qforge export {out / 'checkpoint'} --heads "
+            f"retrieval"
+        )
+    if recipe.export.heads == "retrieval":
+        raise InputError(
+            "export.heads: expected generate or both, found retrieval: a run measures answers. Make a bundle that only "
+            f"searches by itself: qforge export {out / stage_folder(recipe, recipe.stages[0])} --heads retrieval"
+        )
+    if recipe.export.language_precision in NOT_ON_CPU or set(recipe.export.precisions) <= {*NOT_ON_CPU}:
+        raise InputError(
+            "export.precisions, export.language_precision: expected a bundle that this CPU can run, found BF16 "
+            "alone: a run measures answers. Add fp16 or fp32 to export.precisions, or make the bundle by itself: "
+            "qforge export CKPT --precision bf16 --language-precision bf16"
+        )
+
+
+def steps_of(
+    recipe: Recipe, out: Path, start: Start | None = None, only: tuple[StageName, ...] | None = None
+) -> list[Step]:
+    """The whole run, or the training of the stages `only`: name, story, folder, action, and what decides the result."""
+    wanted = recipe.stages if only is None else only
+    stages = wanted if start is None else start.left(wanted)
     reads = partial(_settings, recipe)
     model, halves = recipe.model, list[Step]()
     if model.demo_halves.rebuild:
@@ -101,14 +139,14 @@ def steps_of(recipe: Recipe, out: Path, start: Start | None = None) -> list[Step
         halves = [Step("halves", story, "steps/halves", build, settings, code=TRAINS)]
         model = _with_halves(model, out / "steps/halves")
 
-    def training(stage: Stage) -> Step:
-        earlier = stages[: stages.index(stage)][-1:]
+    def training(stage: StageName) -> Step:
+        earlier = stages_to(stages, stage)[-2:-1]
         first = None if start is None else start.checkpoint
-        init = out / STAGE_FOLDERS[earlier[0]] if earlier else first
+        init = out / stage_folder(recipe, earlier[0]) if earlier else first
         return Step(
             name=stage,
             does=STAGE_STORIES[stage],
-            output=STAGE_FOLDERS[stage],
+            output=stage_folder(recipe, stage),
             action=partial(actions.train_stage, stage, recipe, model, out, init),
             settings=reads("seed", "model", "data", stage),
             files=partial(_outside, recipe, None if earlier else first),
@@ -128,7 +166,7 @@ def steps_of(recipe: Recipe, out: Path, start: Start | None = None) -> list[Step
             action=partial(actions.export_bundle, recipe, precision, out / f"bundle-{first}" if again else None, out),
             settings=reads("data", "export", without="precisions"),
             files=partial(actions.fingerprint_gate, recipe),
-            after=("data", "vqa", *([f"export-{first}"] if again else [])),
+            after=("data", recipe.stages[-1], *([f"export-{first}"] if again else [])),
             code=EXPORTS,
         )
 
@@ -137,7 +175,7 @@ def steps_of(recipe: Recipe, out: Path, start: Start | None = None) -> list[Step
     chosen = sorted(recipe.export.precisions, key=lambda precision: precision not in NOT_ON_CPU)
     bundles = [out / f"bundle-{precision}" for precision in chosen]  # those that can be tried and measured here last
     measured = [out / f"bundle-{precision}" for precision in chosen if precision not in NOT_ON_CPU]
-    return [
+    trained = [
         Step(
             name="data",
             does="drawing the demo world" if recipe.data.root is None else f"looking through {recipe.data.root}",
@@ -149,6 +187,11 @@ def steps_of(recipe: Recipe, out: Path, start: Start | None = None) -> list[Step
         ),
         *halves,
         *(training(stage) for stage in stages),
+    ]
+    if only is not None:
+        return trained
+    return [
+        *trained,
         *exports,
         Step(
             name="verify",
@@ -164,7 +207,7 @@ def steps_of(recipe: Recipe, out: Path, start: Start | None = None) -> list[Step
             output="steps/bench",
             action=partial(actions.bench, recipe, measured, out),
             settings=reads("data", "bench"),
-            after=("data", "vqa", *exported),
+            after=("data", recipe.stages[-1], *exported),
             code=MEASURES,
         ),
         Step(

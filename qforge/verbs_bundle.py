@@ -16,13 +16,13 @@ from qforge.verbs_build import engines_of, prepared_of
 from qforge.verbs_cache import warned
 from runtime.backends import Device
 from runtime.bundle import read_bundle
-from runtime.dataset import read_manifest
 from runtime.decoding import Decoding
 from runtime.errors import InputError, require
 from runtime.precision import CALIBRATED, Precision
 from runtime.progress import Progress
 from runtime.provider import Provider
 from runtime.replay import replay
+from trainer.sources.convert import read_rows
 
 
 def export(
@@ -147,7 +147,7 @@ def evaluate(
     decoding: Decoding,
 ) -> Outcome:
     """Metrics of one data set; with `cache_dir` also what that cache counted."""
-    rows, counted = read_manifest(manifest), dict[str, Any]()
+    rows, counted = read_rows(manifest), dict[str, Any]()
     if cache_dir is None:
         with open_answerer(path, device) as answerer:
             evaluation = evaluate_rows(answerer, rows, task, batch_size, manifest.name, image_size, decoding)
@@ -181,7 +181,7 @@ def bench(
         raise InputError(
             "Expected --data with the folder of the manifests: the checkpoint was trained on the demo world."
         )
-    measure(recipe, bundles, against, manifests_of(config, out), out)
+    measure(recipe, bundles, against, manifests_of(recipe.model_copy(update={"data": config}), out), out)
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     return Outcome({"out": str(out), "result": result}, (out / "report.md").read_text(encoding="utf-8"))
 

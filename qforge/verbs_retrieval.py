@@ -19,6 +19,7 @@ from runtime.progress import Progress
 from runtime.recall import AT, evaluate_retrieval
 from runtime.retrieval import Retrieval
 from runtime.search import Hit, check_counts
+from trainer.sources.convert import read_rows
 
 LINES_SUFFIX = ".txt"
 NAMED = 10
@@ -100,7 +101,7 @@ def require_plain(image_size: int | None, cache_dir: Path | None, decoding: Deco
 
 def evaluate(path: Path, manifest: Path, candidates: int, device: Device) -> Outcome:
     """Recall on one data set."""
-    rows = read_manifest(manifest)
+    rows = read_rows(manifest)
     with open_retriever(path, device) as retriever:
         found = evaluate_retrieval(retriever, rows, candidates=candidates, progress=Progress())
     lines = [f"{found.images} images, {found.texts} captions, {candidates or 'no'} candidates re-ranked"]

@@ -10,12 +10,12 @@ from rich.table import Table
 
 from qforge.console import Outcome
 from runtime.bundle import Bundle, read_bundle
-from runtime.dataset import read_manifest
 from runtime.errors import InputError
 from runtime.progress import Progress
 from runtime.tune import Recorded, Rows, recorded_of
 from runtime.tune import tune as measure
 from runtime.tuned import TUNED, Measurement, Tuned
+from trainer.sources.convert import read_rows
 
 REPEATS = 5
 """How often each recorded request is measured where there is no data set."""
@@ -62,7 +62,7 @@ def _workload(
             if given is not None:
                 raise InputError(f"{option}: expected --data beside it, found none; leave it out")
         return recorded_of(bundle, REPEATS)
-    rows = read_manifest(manifest)
+    rows = read_rows(manifest)
     asked = task or ("vqa" if any(row.question is not None for row in rows) else "caption")
     return Rows(rows, asked, limit)
 

@@ -23,18 +23,22 @@ from pathlib import Path
 from typing import IO, Any
 
 from runtime.errors import InputError, MissingFile, OutOfSpace
+from runtime.packed import piece_of
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Disk full, quota used up, file larger than the file system or the process may write."""
 
 
 def sha256_of(path: Path | str) -> str:
-    """Hex SHA-256 of a file, read in pieces.
+    """Hex SHA-256 of a file, read in pieces, or of an image packed in one (`runtime.packed`).
 
     Raises:
         MissingFile: there is no such file.
     """
     try:
+        piece = piece_of(path)
+        if piece is not None:
+            return hashlib.sha256(piece.read()).hexdigest()
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:

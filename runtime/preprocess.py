@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from pydantic import Field, PositiveInt
 
 from runtime.errors import ImageError, InputError
+from runtime.packed import piece_of
 from runtime.settings import Settings
 
 MAX_PIXELS = 178_956_970
@@ -60,7 +61,11 @@ def sources_of(images: ImageSource | Sequence[ImageSource]) -> Sequence[ImageSou
 def preprocess(source: ImageSource, settings: PreprocessSettings) -> npt.NDArray[np.float32]:
     """Read one image and return pixels_CHW; ImageError when it cannot be read."""
     resample = Image.Resampling[settings.resample.upper()]
-    resized = load_image(source).resize((settings.width, settings.height), resample)
+    return to_pixels(load_image(source).resize((settings.width, settings.height), resample), settings)
+
+
+def to_pixels(resized: Image.Image, settings: PreprocessSettings) -> npt.NDArray[np.float32]:
+    """pixels_CHW of an RGB image that already has the size the tower reads."""
     unit_HWC = np.asarray(resized, dtype=np.float32) / np.float32(255)
     pixels_HWC = (unit_HWC - np.array(settings.mean, np.float32)) / np.array(settings.std, np.float32)
     return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
@@ -119,6 +124,8 @@ def _open(source: ImageSource, name: str) -> Image.Image:
     if isinstance(source, np.ndarray):
         return _from_array(source)
     try:
+        if not isinstance(source, bytes) and (piece := piece_of(source)) is not None:
+            source = piece.read()
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except FileNotFoundError as error:
         raise ImageError(f"{name}: expected an image file, found nothing under that name") from error

@@ -24,6 +24,7 @@ from runtime.search import ImageOf, Rows, best_rows, itc_scores, match_pairs
 
 AT = (1, 5, 10)
 """Ranks recall is given for."""
+Pairs = np.ndarray[Any, np.dtype[np.int64]]
 BATCHES_A_STEP = 8
 """Batches of pairs between two steps of the bar."""
 
@@ -97,18 +98,41 @@ def evaluate_retrieval(
             raise ImageError(next(iter(made.broken.values())))
         text_SF = _text_features(retriever, data.texts)
         features = mapped(folder / FEATURES, "float32", (len(data.images), *made.features.shape))
-        scores_IS = itc_scores(features, text_SF)
-        by_image = [best_rows(scores, max(candidates, *AT)) for scores in scores_IS]
-        by_text = [best_rows(scores, max(candidates, *AT)) for scores in scores_IS.T]
-        hits = _hits("itc", by_image, by_text, data)
+        scores_IS, final_IS = itc_scores(features, text_SF), None
         if made.embeds is not None:
             embeds = mapped(folder / EMBEDS, "float32", (len(data.images), *made.embeds.shape))
-            final_IS = _reranked(retriever, embeds.__getitem__, scores_IS, by_image, by_text, data.texts, progress)
-            by_image = [row[best_rows(final_IS[image, row], max(AT))] for image, row in enumerate(by_image)]
-            by_text = [row[best_rows(final_IS[row, text], max(AT))] for text, row in enumerate(by_text)]
-            hits |= _hits("itm", by_image, by_text, data)
+            pairs = candidate_pairs(scores_IS, candidates)
+            final_IS = rematched(retriever, embeds.__getitem__, scores_IS, pairs, data.texts, progress)
+    return recalls(data, scores_IS, final_IS, candidates)
+
+
+def recalls(data: Captioned, scores_IS: Floats, final_IS: Floats | None, candidates: int) -> RetrievalEvaluation:
+    """Recall of the ITC scores, and of the final ones where the candidates were re-ranked (see `rematched`)."""
+    by_image, by_text = _rankings(scores_IS, candidates)
+    hits = _hits("itc", by_image, by_text, data)
+    if final_IS is not None:
+        by_image = [row[best_rows(final_IS[image, row], max(AT))] for image, row in enumerate(by_image)]
+        by_text = [row[best_rows(final_IS[row, text], max(AT))] for text, row in enumerate(by_text)]
+        hits |= _hits("itm", by_image, by_text, data)
     metrics = {name: sum(found) / len(found) for name, found in hits.items()}
     return RetrievalEvaluation(metrics, hits, len(data.images), len(data.texts), candidates)
+
+
+def _rankings(scores_IS: Floats, candidates: int) -> tuple[list[Rows], list[Rows]]:
+    """The best texts of every image and the best images of every text, as many as are looked at."""
+    count = max(candidates, *AT)
+    return [best_rows(scores, count) for scores in scores_IS], [best_rows(scores, count) for scores in scores_IS.T]
+
+
+def candidate_pairs(scores_IS: Floats, candidates: int) -> Pairs:
+    """(image, text) [P, 2] of every pair that is a candidate in either direction, once, image by image."""
+    by_image, by_text = _rankings(scores_IS, candidates)
+    wanted_IS = np.zeros(scores_IS.shape, np.bool_)
+    for image, row in enumerate(by_image):
+        wanted_IS[image, row] = True
+    for text, row in enumerate(by_text):
+        wanted_IS[row, text] = True
+    return np.argwhere(wanted_IS)
 
 
 def _text_features(retriever: Retriever, texts: Sequence[str]) -> Floats:
@@ -116,25 +140,11 @@ def _text_features(retriever: Retriever, texts: Sequence[str]) -> Floats:
     return np.concatenate([retriever.embed_texts(texts[start : start + size]) for start in range(0, len(texts), size)])
 
 
-def _reranked(
-    retriever: Retriever,
-    image_of: ImageOf,
-    scores_IS: Floats,
-    by_image: Sequence[Rows],
-    by_text: Sequence[Rows],
-    texts: Sequence[str],
-    progress: Progress,
+def rematched(
+    retriever: Retriever, image_of: ImageOf, scores_IS: Floats, pairs: Pairs, texts: Sequence[str], progress: Progress
 ) -> Floats:
-    """Scores [I, S] with the ITM logit added where a pair is a candidate in either direction; others stay as they are.
-
-    A pair is matched once, however many rankings it is in.
-    """
-    wanted_IS = np.zeros(scores_IS.shape, np.bool_)
-    for image, row in enumerate(by_image):
-        wanted_IS[image, row] = True
-    for text, row in enumerate(by_text):
-        wanted_IS[row, text] = True
-    pairs, final_IS = np.argwhere(wanted_IS), scores_IS.copy()
+    """Scores [I, S] with the ITM logit of each pair added; others stay as they are."""
+    final_IS = scores_IS.copy()
     size = retriever.max_batch * BATCHES_A_STEP
     starts = range(0, len(pairs), size)
     with progress.bar("matching pairs", len(starts), items_per_step=size) as bar:

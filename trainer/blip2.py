@@ -135,7 +135,8 @@ def text_batch(model: Blip2, texts: list[str]) -> TextBatch:
     coded = model.text_tokenizer(
         texts, padding=True, truncation=True, max_length=model.config.qformer.max_text_tokens, return_tensors="pt"
     )
-    return TextBatch(coded["input_ids"], coded["attention_mask"])
+    device = model.bridge.query_tokens.device
+    return TextBatch(coded["input_ids"].to(device), coded["attention_mask"].to(device))
 
 
 def new_blip2(
@@ -147,6 +148,7 @@ def new_blip2(
     is in memory only while it is loaded or computed with.
     """
     vision, language = load_vision(config.vision, config.vision_layer, config.image_size), None
+    texts, rows = config.text_tokenizer, config.qformer.vocabulary
     if mapped_beside is not None:
         map_weights(vision, mapped_beside)
     if config.language is not None:
@@ -158,9 +160,7 @@ def new_blip2(
         vision,
         language,
         None if config.language is None else load_tokenizer(config.language, "language"),
-        None
-        if config.text_tokenizer is None
-        else load_text_tokenizer(config.text_tokenizer, config.qformer.vocabulary),
+        None if texts is None else load_text_tokenizer(texts, rows),
         question_conditioned,
         parts,
     )

@@ -239,16 +239,28 @@ class Bridge(nn.Module):
         embeds_MH = embeds_RTH.flatten(0, 1).index_select(0, packing.text_M)
         return packed_pass(self.qformer, self.query_tokens, embeds_MH, packing, lookers, text_wanted=text_wanted)
 
-    def prefix(self, image_embeds_BNE: Tensor, ids_BT: Tensor | None = None, mask_BT: Tensor | None = None) -> Tensor:
-        """Soft tokens [B, Q, D] for the language model; question ids condition the queries (InstructBLIP's way)."""
+    def query_states(
+        self, image_embeds_BNE: Tensor, ids_BT: Tensor | None = None, mask_BT: Tensor | None = None
+    ) -> Tensor:
+        """The queries [B, Q, H] after they have seen images; question ids condition them (InstructBLIP's way)."""
         queries = self._queries(image_embeds_BNE.shape[0])
         keys = self.image_keys(image_embeds_BNE)
         if ids_BT is None or mask_BT is None:
-            query_BQH, _ = self.qformer(queries, None, None, keys)
-        else:
-            mask = padding_mask(mask_BT, queries.shape[1])
-            query_BQH, _ = self.qformer(queries, self._embedded(ids_BT), mask, keys)
+            return self.qformer(queries, None, None, keys)[0]
+        mask = padding_mask(mask_BT, queries.shape[1])
+        return self.qformer(queries, self._embedded(ids_BT), mask, keys)[0]
+
+    def speech(self, query_BQH: Tensor) -> Tensor:
+        """Soft tokens [B, Q, D] for the language model of queries that have seen images."""
         return self._have("language", self.language_projection)(query_BQH)
+
+    def likeness(self, query_BQH: Tensor) -> Tensor:
+        """Image features [B, Q, C], unit length, of queries that have seen images and no text."""
+        return self._contrastive(query_BQH)
+
+    def prefix(self, image_embeds_BNE: Tensor, ids_BT: Tensor | None = None, mask_BT: Tensor | None = None) -> Tensor:
+        """`speech` of `query_states`."""
+        return self.speech(self.query_states(image_embeds_BNE, ids_BT, mask_BT))
 
 
 def _without(part: Part) -> str:

@@ -147,6 +147,13 @@ def read_config(folder: Path) -> CheckpointConfig:
     return config.model_copy(update={"model": resolved(config.model, folder)})
 
 
+def with_trained_halves(model: ModelConfig, folder: Path) -> ModelConfig:
+    """The model section with the halves that lie in the checkpoint `folder` because it trained them."""
+    began = read_config(folder)
+    trained = {name.partition("/")[0] for name in began.trained}
+    return model.model_copy(update={name: getattr(began.model, name) for name in trained})
+
+
 def load_checkpoint(folder: Path | str, mapped_beside: Path | None = None) -> Blip2:
     """The model of a checkpoint, in eval mode; see the module's text for what is checked.
 

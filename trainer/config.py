@@ -5,9 +5,17 @@ one; a recipe says only what differs. pydantic only: reading a recipe never load
 """
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from runtime.settings import Settings
 
@@ -178,25 +186,90 @@ class DemoWorldConfig(Settings):
     """Seed of the scenes."""
 
 
+Format = Literal["manifest", "coco", "karpathy", "flickr30k", "vqav2", "records", "webdataset", "huggingface"]
+"""How a data set is written; `trainer.sources` has a reader for each."""
+
+
+class SourceConfig(Settings):
+    """One data set, and its part in a mixture."""
+
+    path: str
+    """File, folder or shards (`cc3m/{000..331}.tar`), below `data.root`."""
+    format: Format | None = None
+    """How it is written; null: told by its content."""
+    split: str | None = None
+    """Which split of a file that has several: `train`, `train+restval` for two of them, `all`."""
+    images: str | None = None
+    """Folder of the images, below `data.root`; null: the folder of the file."""
+    answers: str | None = None
+    """VQAv2's annotation file, beside its question file in `path`, below `data.root`."""
+    weight: PositiveFloat = 1.0
+    """Share of a mixture, relative to the other sources' weights."""
+
+
+def _as_sources(value: Any) -> Any:
+    """A path alone, a section alone, or a list of both, as a list of sections."""
+    listed = value if isinstance(value, list | tuple) else [value]
+    return tuple({"path": item} if isinstance(item, str) else item for item in listed)
+
+
+Sources = Annotated[
+    tuple[SourceConfig, ...],
+    BeforeValidator(_as_sources, json_schema_input_type=str | SourceConfig | tuple[str | SourceConfig, ...]),
+    Field(min_length=1),
+]
+"""A path, or `{path, format, split, weight …}`, or a list of these that is mixed by weight."""
+
+
+def _named(path: str) -> tuple[SourceConfig, ...]:
+    return (SourceConfig(path=path),)
+
+
+class AugmentConfig(Settings):
+    """Random changes to training images. Any of them sends every image of every step through the frozen tower."""
+
+    crop_scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] | None = None
+    """Share of the area that a random resized crop keeps, from and to (`[0.5, 1.0]` as published); null: no crop."""
+    flip: bool = False
+    """Mirror every other image (as published); not for text that says left and right."""
+    operations: NonNegativeInt = 0
+    """RandAugment operations drawn per image (LAVIS draws 2 for Visual Genome); 0 switches it off."""
+    magnitude: NonNegativeFloat = Field(default=5.0, le=10)
+    """Strength of those operations, of 10."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "AugmentConfig":
+        if self.crop_scale is not None and self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError(f"crop_scale {list(self.crop_scale)} goes from more to less; put the smaller share first")
+        return self
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is changed at all."""
+        return self.crop_scale is not None or self.flip or self.operations > 0
+
+
 class DataConfig(Settings):
-    """Where the image-text pairs come from: a folder of manifests, or the demo world."""
+    """Where the image-text pairs come from: data sets below a folder, or the demo world."""
 
     root: Path | None = None
-    """Folder of the manifests; absent: the demo world is drawn beside the run."""
-    captions_train: str = "captions_train.jsonl"
-    """Captions to train on (manifest below `root`)."""
-    captions_val: str | None = "captions_val.jsonl"
+    """Folder of the data sets; absent: the demo world is drawn beside the run."""
+    captions_train: Sources = _named("captions_train.jsonl")
+    """Captions to train on: a path below `root`, a source, or a list of weighted sources."""
+    captions_val: Sources | None = _named("captions_val.jsonl")
     """Captions watched during training; null: `holdout` of the training images."""
-    captions_test: str = "captions_test.jsonl"
+    captions_test: Sources = _named("captions_test.jsonl")
     """Captions reported on at the end; never trained on nor watched."""
-    vqa_train: str = "vqa_train.jsonl"
+    vqa_train: Sources = _named("vqa_train.jsonl")
     """Questions to train on."""
-    vqa_val: str | None = "vqa_val.jsonl"
+    vqa_val: Sources | None = _named("vqa_val.jsonl")
     """Questions watched during training; null: `holdout` of the training images."""
-    vqa_test: str = "vqa_test.jsonl"
+    vqa_test: Sources = _named("vqa_test.jsonl")
     """Questions reported on at the end."""
     holdout: float = Field(default=0.05, gt=0, lt=1)
     """Share of training images set aside for watching where a `*_val` is null."""
+    augment: AugmentConfig = AugmentConfig()
+    """Random changes to training images."""
     demo: DemoWorldConfig = DemoWorldConfig()
     """The demo world, when `root` is absent."""
 
@@ -373,5 +446,5 @@ class RetrievalConfig(Stage1Config):
     min_learning_rate: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt = 1_000
     beta2: float = Field(default=0.999, ge=0, lt=1)
-    candidates: PositiveInt = 128
+    candidates: int = Field(default=128, ge=10)
     """How many of each ITC ranking are ranked again by ITM logit + ITC cosine when the held-out rows are measured."""

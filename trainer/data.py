@@ -1,91 +1,113 @@
-"""Rows and frozen image features for training: which rows a step sees is a function of seed and step alone.
+"""Rows and their image features for training: the data sets of a run, and what a step sees of them.
 
-Nothing about the order is remembered, so a resumed run sees what an uninterrupted one would have seen.
+Which rows those are is a function of seed and step alone (`trainer.order`), so nothing about the order is remembered
+and a resumed run sees what an uninterrupted one would have seen.
 """
 
-import hashlib
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.dataset import Row, read_manifest
+from runtime.dataset import Row
 from runtime.errors import DataError, ImageError, MissingFile
 from runtime.preprocess import preprocess
 from runtime.progress import Progress
-from trainer.config import DataConfig
+from runtime.text import MAX_WORDS
+from trainer.config import AugmentConfig, DataConfig, SourceConfig
 from trainer.draws import StepDraws
+from trainer.order import mixed_rows_at
+from trainer.pixels import TRIES, WORKERS, PixelReader
+from trainer.sources.mixture import MixedRows, open_rows, split_rows
+from trainer.sources.rows import Purpose
+from trainer.sources.source import Source, resolve_source
 from trainer.towers import VisionTower
 
 ENCODE_BATCH = 64
 """Images that pass the frozen tower together when features are made ahead."""
 FEATURE_BYTES = 2 * 2**30
 """Most memory that features made ahead may take; images beyond pass the tower again each time they are seen."""
+AHEAD_ROWS = 65_536
+"""Most rows that are looked through before the first step, and whose features are made ahead; of a larger set, a row
+and its image are read when a step asks for them."""
+UNCHANGED = AugmentConfig()
 
 
 @dataclass(frozen=True)
 class ResolvedData:
-    """Manifests of a run; a `*_val` of None means `holdout` of the training images."""
+    """Data sets of a run; a `*_val` of None means `holdout` of the training images."""
 
-    captions_train: Path
-    captions_val: Path | None
-    captions_test: Path
-    vqa_train: Path
-    vqa_val: Path | None
-    vqa_test: Path
+    captions_train: tuple[Source, ...]
+    captions_val: tuple[Source, ...] | None
+    captions_test: tuple[Source, ...]
+    vqa_train: tuple[Source, ...]
+    vqa_val: tuple[Source, ...] | None
+    vqa_test: tuple[Source, ...]
     holdout: float
+    augment: AugmentConfig
 
-    def captions(self) -> tuple[list[Row], list[Row]]:
+    def captions(self) -> tuple[MixedRows, MixedRows]:
         """Caption rows to train on and to watch."""
-        return _split(self.captions_train, self.captions_val, self.holdout)
+        return _split(self.captions_train, self.captions_val, self.holdout, "captions")
 
-    def questions(self) -> tuple[list[Row], list[Row]]:
+    def questions(self) -> tuple[MixedRows, MixedRows]:
         """Question rows to train on and to watch."""
-        return _split(self.vqa_train, self.vqa_val, self.holdout)
+        return _split(self.vqa_train, self.vqa_val, self.holdout, "questions")
 
 
 def resolve(data: DataConfig, demo_root: Path) -> ResolvedData:
-    """Manifest paths of a run; the demo world lies in `demo_root` unless the recipe names a root of its own."""
+    """Data sets of a run; the demo world lies in `demo_root` unless the recipe names a root of its own."""
     root = data.root if data.root is not None else demo_root
 
-    def path(name: str | None) -> Path | None:
-        return None if name is None else root / name
+    def sources(configs: Sequence[SourceConfig]) -> tuple[Source, ...]:
+        return tuple(resolve_source(config, root) for config in configs)
 
     return ResolvedData(
-        captions_train=root / data.captions_train,
-        captions_val=path(data.captions_val),
-        captions_test=root / data.captions_test,
-        vqa_train=root / data.vqa_train,
-        vqa_val=path(data.vqa_val),
-        vqa_test=root / data.vqa_test,
+        captions_train=sources(data.captions_train),
+        captions_val=None if data.captions_val is None else sources(data.captions_val),
+        captions_test=sources(data.captions_test),
+        vqa_train=sources(data.vqa_train),
+        vqa_val=None if data.vqa_val is None else sources(data.vqa_val),
+        vqa_test=sources(data.vqa_test),
         holdout=data.holdout,
+        augment=data.augment,
     )
 
 
-def _split(train: Path, val: Path | None, holdout: float) -> tuple[list[Row], list[Row]]:
-    rows = read_manifest(train)
-    if val is not None:
-        return rows, read_manifest(val)
-    watched = [row for row in rows if _share(row.image_id) < holdout]
-    kept = [row for row in rows if _share(row.image_id) >= holdout]
-    if not watched or not kept:
-        raise DataError(
-            f"{train}: holding out {holdout:.0%} of its images leaves {len(kept)} rows to train on "
-            f"and {len(watched)} to watch; both need some. Name a validation manifest or change data.holdout"
-        )
-    return kept, watched
-
-
-def _share(image_id: str) -> float:
-    """A number in [0, 1) that depends on the image id alone, so all rows of an image fall on one side."""
-    return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8], "big") / 2**64
+def _split(
+    train: tuple[Source, ...], val: tuple[Source, ...] | None, holdout: float, purpose: Purpose
+) -> tuple[MixedRows, MixedRows]:
+    if val is None:
+        return split_rows(train, holdout, purpose)
+    return open_rows(train, purpose), open_rows(val, purpose)
 
 
 # Shape letters: B rows, N image tokens, E image width
+class FeatureSource(Protocol):
+    """Where the frozen tower's output comes from: memory (`FeatureStore`) or a folder (`trainer.features`)."""
+
+    broken: dict[Path, str]
+    """Images that cannot be read, and why."""
+
+    def prepare(self, vision: VisionTower, paths: Sequence[Path], progress: Progress) -> None:
+        """Be told what will be asked for, and make ahead what is worth it."""
+        ...
+
+    def many(self, vision: VisionTower, paths: Sequence[Path]) -> list[Tensor | None]:
+        """Features [N, E] of each image; None for one that cannot be read."""
+        ...
+
+    def statistics(self) -> dict[str, int]:
+        """What was found and what was made, for metrics.json; nothing where it says nothing."""
+        ...
+
+
 class FeatureStore:
     """Frozen tower output by image, made once for as many images as fit in memory; one store serves one tower.
 
@@ -98,7 +120,7 @@ class FeatureStore:
         self.broken: dict[Path, str] = {}
         """Images that cannot be read, and why."""
 
-    def fill(self, vision: VisionTower, paths: Sequence[Path], progress: Progress) -> None:
+    def prepare(self, vision: VisionTower, paths: Sequence[Path], progress: Progress) -> None:
         """Encode those of `paths` that are not here yet, until memory is used up."""
         absent = [path for path in dict.fromkeys(paths) if path not in self._features and path not in self.broken]
         chunks = [absent[start : start + ENCODE_BATCH] for start in range(0, len(absent), ENCODE_BATCH)]
@@ -114,12 +136,18 @@ class FeatureStore:
                     self._bytes += features_NE.numel() * features_NE.element_size()
                 bar.advance()
 
-    def get(self, vision: VisionTower, path: Path) -> Tensor | None:
-        """Features [N, E] of an image, encoded now when they were not made ahead; None when it cannot be read."""
-        if path in self._features:
-            return self._features[path]
-        pixels = self.pixels(vision, path)
-        return None if pixels is None else encode(vision, [pixels])[0]
+    def many(self, vision: VisionTower, paths: Sequence[Path]) -> list[Tensor | None]:
+        """Features [N, E] of each image; None for one that cannot be read. What was not made ahead is made now."""
+        absent = [path for path in dict.fromkeys(paths) if path not in self._features and path not in self.broken]
+        with ThreadPoolExecutor(WORKERS) as pool:
+            read = zip(absent, pool.map(lambda path: self.pixels(vision, path), absent), strict=True)
+            pixels = {path: pixel for path, pixel in read if pixel is not None}
+        made = dict(zip(pixels, encode(vision, list(pixels.values())), strict=True))
+        return [self._features[path] if path in self._features else made.get(path) for path in paths]
+
+    def statistics(self) -> dict[str, int]:
+        """Nothing: what is kept in memory ends with the process."""
+        return {}
 
     def pixels(self, vision: VisionTower, path: Path) -> np.ndarray | None:
         """Pixels [3, H, W], or None for an image noted in `broken`."""
@@ -149,16 +177,38 @@ class Taken:
 
 
 class ImageRows:
-    """Rows with their image features; a row whose image cannot be read gives way to the next, so batches stay full."""
+    """Rows with their image features; a row that cannot be read gives way to the next, so batches stay full.
 
-    def __init__(self, vision: VisionTower, rows: Sequence[Row], store: FeatureStore, progress: Progress) -> None:
+    Features of a frozen tower come from the store. Images that are changed at random, that a trained tower reads, or
+    that are too many to be kept in memory are read by background threads and pass the tower in the step.
+    """
+
+    def __init__(
+        self,
+        vision: VisionTower,
+        rows: Sequence[Row],
+        store: FeatureSource,
+        progress: Progress,
+        augment: AugmentConfig = UNCHANGED,
+    ) -> None:
         self._vision, self._store = vision, store
         self.rows = rows
+        self._reader = PixelReader(rows, vision.preprocess, augment)
+        self._trained = any(parameter.requires_grad for parameter in vision.parameters())
+        many = len(rows) > AHEAD_ROWS
+        self._live = self._trained or augment.active or (many and isinstance(store, FeatureStore))
         self._taken: list[str] = []
         self._seconds = 0.0
-        paths = [row.image for row in rows]
-        store.fill(vision, paths, progress)
-        if all(path in store.broken for path in paths):
+        self.cut_texts = 0 if many else sum(_is_long(row) for row in rows)
+        """Rows with a text of which training sees the first 50 words; not counted in a large set."""
+        self.left_out = sum(part.left_out for part in rows.parts) if isinstance(rows, MixedRows) else 0
+        """Entries of the data sets that are no rows, as something of them is missing or wrong."""
+        paths = list[Path]() if many else [row.image for row in rows]
+        self._paths = set(paths)
+        if self._live:
+            return
+        store.prepare(vision, paths, progress)
+        if paths and all(path in store.broken for path in paths):
             raise DataError(
                 f"none of the {len(set(paths))} images of {paths[0].parent} can be read; "
                 f"the first says: {store.broken[paths[0]]}"
@@ -167,22 +217,47 @@ class ImageRows:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def at_step(self, step: int, batch_size: int, seed: int) -> list[int]:
+        """Row indices of the global batch of a step (0-based), from all data sets of a mixture."""
+        parts = self.rows.parts if isinstance(self.rows, MixedRows) else ()
+        sizes = [len(part.rows) for part in parts] or [len(self.rows)]
+        return mixed_rows_at(step, batch_size, sizes, [part.weight for part in parts], seed)
+
+    def any_row(self, rng: np.random.Generator) -> int:
+        """A row drawn evenly from a data set that is drawn by weight."""
+        parts = self.rows.parts if isinstance(self.rows, MixedRows) else ()
+        if len(parts) < 2:
+            return int(rng.integers(len(self.rows)))
+        weights = np.array([part.weight for part in parts])
+        chosen = int(rng.choice(len(parts), p=weights / weights.sum()))
+        return sum(len(part.rows) for part in parts[:chosen]) + int(rng.integers(len(parts[chosen].rows)))
+
     def broken(self) -> dict[str, str]:
-        """Images of these rows that could not be read, and why."""
-        found = {row.image for row in self.rows} & self._store.broken.keys()
-        return {str(path): self._store.broken[path] for path in sorted(found)}
+        """Images and lines of these rows that could not be read, and why."""
+        kept = {str(path): why for path, why in self._store.broken.items() if path in self._paths}
+        return dict(sorted((kept | self._reader.broken).items()))
+
+    def ahead(self, indices: Sequence[int], draws: StepDraws) -> None:
+        """Begin to read the images that the next step will ask for, where they are read in the step."""
+        if self._live:
+            self._reader.ahead(indices, draws)
 
     def batch(self, indices: Sequence[int], draws: StepDraws | None) -> tuple[list[Row], Tensor]:
         """The rows at `indices` (broken ones replaced) and their features [B, N, E], before the trained LayerNorm.
 
-        `draws` are those of the step, a generator per row; None when something is measured, with nothing random.
+        `draws` are those of the step, a generator per row; None when something is measured, with nothing random. The
+        features carry a gradient when the tower is trained.
         """
         began = time.monotonic()
-        rows, features = zip(*(self._readable(index) for index in indices), strict=True)
-        features_BNE = torch.stack(features)
+        if self._live:
+            read = self._reader.batch(indices, draws)
+            self._seconds += time.monotonic() - began
+            rows, features_BNE = [row for row, _ in read], self._encoded([pixels for _, pixels in read])
+        else:
+            rows, features_BNE = self._kept(indices)
+            self._seconds += time.monotonic() - began
         self._taken += [row.image_id for row in rows]
-        self._seconds += time.monotonic() - began
-        return list(rows), features_BNE
+        return rows, features_BNE
 
     def take(self) -> Taken:
         """Images and reading time of the batches since the last call."""
@@ -190,18 +265,37 @@ class ImageRows:
         self._taken, self._seconds = [], 0.0
         return taken
 
-    def _readable(self, index: int) -> tuple[Row, Tensor]:
-        for offset in range(len(self.rows)):
-            row = self.rows[(index + offset) % len(self.rows)]
-            features_NE = self._store.get(self._vision, row.image)
-            if features_NE is not None:
+    def _encoded(self, pixels: list[np.ndarray]) -> Tensor:
+        if not self._trained:
+            return encode(self._vision, pixels)
+        device = next(self._vision.parameters()).device
+        features_BNE: Tensor = self._vision(torch.from_numpy(np.stack(pixels)).to(device))
+        return features_BNE
+
+    def _kept(self, indices: Sequence[int]) -> tuple[list[Row], Tensor]:
+        """`batch` from the store."""
+        rows = [self._reader.row(index) for index in indices]
+        found = iter(self._store.many(self._vision, [row.image for row in rows if row is not None]))
+        pairs = [(row, None if row is None else next(found)) for row in rows]
+        readable = [
+            (row, features_NE) if row is not None and features_NE is not None else self._readable_after(index)
+            for index, (row, features_NE) in zip(indices, pairs, strict=True)
+        ]
+        return [row for row, _ in readable], torch.stack([features_NE for _, features_NE in readable])
+
+    def _readable_after(self, index: int) -> tuple[Row, Tensor]:
+        """The next row that can be read, and its features."""
+        self._paths |= {row.image} if (row := self._reader.row(index)) is not None else set()
+        for offset in range(1, min(len(self.rows), TRIES)):
+            row = self._reader.row((index + offset) % len(self.rows))
+            features_NE = None if row is None else self._store.many(self._vision, [row.image])[0]
+            if row is not None and features_NE is not None:
                 return row, features_NE
-        raise DataError(f"no image of {len(self.rows)} rows can be read; run `qforge data check` on the manifest")
+            self._paths |= set() if row is None else {row.image}
+        raise DataError(
+            f"none of {min(len(self.rows), TRIES)} rows from row {index} on can be read; run `qforge data check`"
+        )
 
 
-def rows_at(step: int, batch_size: int, row_count: int, seed: int) -> list[int]:
-    """Row indices of one step: consecutive pieces of an endless sequence of shuffled epochs."""
-    first = step * batch_size
-    epochs = range(first // row_count, (first + batch_size - 1) // row_count + 1)
-    order = {epoch: np.random.default_rng([seed, epoch]).permutation(row_count) for epoch in epochs}
-    return [int(order[place // row_count][place % row_count]) for place in range(first, first + batch_size)]
+def _is_long(row: Row) -> bool:
+    return any(len(text.split()) > MAX_WORDS for text in (*row.captions, row.question or ""))

@@ -10,12 +10,11 @@ import torch
 
 from runtime.progress import Bar, Progress
 from trainer.blip2 import Blip2
-from trainer.config import StageConfig
-from trainer.data import rows_at
+from trainer.config import StageConfig, StageName
 from trainer.draws import StepDraws
 from trainer.ema import Ema
 from trainer.guard import stop
-from trainer.plans import STAGE_KINDS, Plan, StageName
+from trainer.plans import STAGE_KINDS, Plan
 from trainer.ranks import Ranks
 from trainer.resume import OptimiserState, Progressed, ResumePoints, Stateful
 from trainer.stepper import Stepped, Stepper
@@ -85,13 +84,11 @@ class Fit:
         }
 
     def _step(self, done: Progressed, points: ResumePoints, bar: Bar) -> Stepped:
-        config, ranks, rows = self._config, self._ranks, self._stepper.rows
+        config, ranks = self._config, self._ranks
         began = time.monotonic()
-        draws = StepDraws(
-            (self._seed, STAGE_KINDS[self._stage].number, done.step), ranks.index * rows, config.batch_size
-        )
-        order = rows_at(done.step, config.batch_size, len(self._plan.rows[0]), self._seed)
-        stepped = self._stepper.step(done.step, order[draws.first :][:rows], draws)
+        indices, draws = self._drawn(done.step)
+        self._plan.rows[0].ahead(*self._drawn(done.step + 1))
+        stepped = self._stepper.step(done.step, indices, draws)
         taken = [rows.take() for rows in self._plan.rows]
         if not stepped.finite:
             points.save(done)
@@ -121,6 +118,13 @@ class Fit:
         for watcher in self._watchers:
             watcher.after_step(self._model, report)
         return stepped
+
+    def _drawn(self, step: int) -> tuple[list[int], StepDraws]:
+        """Rows of this process in a step, and its draws."""
+        rows, config = self._stepper.rows, self._config
+        key = (self._seed, STAGE_KINDS[self._stage].number, step)
+        draws = StepDraws(key, self._ranks.index * rows, config.batch_size)
+        return self._plan.rows[0].at_step(step, config.batch_size, self._seed)[draws.first :][:rows], draws
 
     def _measure(self, done: Progressed, stepped: Stepped) -> None:
         """Held-out metrics, of the averages where there are some. Every process measures; the first one's count."""

@@ -60,14 +60,3 @@ def generation_loss(logits_PV: Tensor, targets_P: Tensor, smoothing: float, toke
     """Sum over predicted tokens (nats) divided by `tokens`, which is their number where it is not shared."""
     total = F.cross_entropy(logits_PV.float(), targets_P, label_smoothing=smoothing, reduction="sum")
     return total / tokens
-
-
-def text_loss_by_row(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Next-token loss (nats), averaged within each row first: a one-word answer counts as much as a long caption.
-
-    Position t predicts label t + 1; `IGNORED` labels are skipped. LAVIS averages over tokens, which lets the captions
-    of a mixed batch drown its answers.
-    """
-    labels = labels_BT[:, 1:]
-    loss_BT = F.cross_entropy(logits_BTV[:, :-1].mT.float(), labels, ignore_index=IGNORED, reduction="none")
-    return (loss_BT.sum(1) / (labels != IGNORED).sum(1)).mean()

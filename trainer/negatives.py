@@ -32,8 +32,10 @@ class Pairs:
 class Negatives:
     """What the rows of one part are told from."""
 
+    wrong_texts_b: Tensor
+    """For each image the place, in the global batch, of another's text."""
     wrong_texts: TextBatch
-    """For each image a text of another."""
+    """Those texts."""
     wrong_images_b: Tensor
     """For each text an image of another: below b its place in the part, from b on in `fetched_FnE`."""
     fetched_FnE: Tensor
@@ -73,5 +75,7 @@ def exchange(
     ):
         fetched_place_b = len(here_b) - 1 + (~here_b).cumsum(0)
         texts = TextBatch(ids_NT[wrong_text_b], mask_NT[wrong_text_b]).trimmed()
-        found.append(Negatives(texts, torch.where(here_b, wrong_image_b - first, fetched_place_b), piece_FnE))
+        found.append(
+            Negatives(wrong_text_b, texts, torch.where(here_b, wrong_image_b - first, fetched_place_b), piece_FnE)
+        )
     return found

@@ -9,6 +9,7 @@ from collections import defaultdict
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from trainer.blip2 import Blip2
 from trainer.config import StageConfig
@@ -26,15 +27,19 @@ def make_optimiser(model: Blip2, config: StageConfig) -> torch.optim.AdamW:
     """
     kernels = {module.weight for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     scales = _scales(model, config)
-    groups: defaultdict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    groups: defaultdict[tuple[float, float, bool], list[nn.Parameter]] = defaultdict(list)
     for parameter in model.parameters():
         if parameter.requires_grad:
             decay = config.weight_decay if parameter in kernels else 0.0
-            groups[scales.get(parameter, 1.0), decay].append(parameter)
+            groups[scales.get(parameter, 1.0), decay, isinstance(parameter, DTensor)].append(parameter)
     return torch.optim.AdamW(
-        [{"params": groups[key], SCALE: key[0], "weight_decay": key[1]} for key in sorted(groups, reverse=True)],
+        [
+            {"params": members, SCALE: scale, "weight_decay": decay, "fused": not sharded}
+            for (scale, decay, sharded), members in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+        ],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
+        fused=True,  # one pass over the weights in memory; torch's own choice on a CPU takes ten. Sharded ones cannot
     )
 
 

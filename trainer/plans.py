@@ -3,9 +3,9 @@
 A new stage is a row of `STAGE_KINDS` and its section in the recipe; the loop knows none by name.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from torch import Tensor
 
@@ -14,19 +14,18 @@ from runtime.evaluate import evaluate
 from runtime.progress import Progress
 from trainer.blip2 import Blip2
 from trainer.bridge import Part
-from trainer.config import Stage1Config, StageConfig, VqaConfig
+from trainer.config import RetrievalConfig, Stage1Config, Stage2Config, StageConfig, StageName, VqaConfig
 from trainer.data import FeatureStore, ImageRows, ResolvedData
 from trainer.demo_world import scorers_for
 from trainer.draws import StepDraws
 from trainer.generate import EagerPipeline
-from trainer.generative import CaptionObjective, VqaObjective
 from trainer.momentum import MomentumEncoder
 from trainer.ranks import Ranks
+from trainer.reranking import reranked_recall
 from trainer.resume import Stateful
+from trainer.speaking import CaptionObjective, Stage2, VqaObjective
 from trainer.stage1 import Stage1
 
-StageName = Literal["stage1", "stage2", "vqa"]
-STAGES: tuple[StageName, ...] = get_args(StageName)
 EVAL_BATCH = 64
 
 
@@ -64,9 +63,9 @@ class Ingredients:
     progress: Progress
     ranks: Ranks
 
-    def with_images(self, rows: list[Row]) -> ImageRows:
+    def with_images(self, rows: Sequence[Row]) -> ImageRows:
         """The rows with their image features."""
-        return ImageRows(self.model.vision, rows, self.store, self.progress)
+        return ImageRows(self.model.vision, rows, self.store, self.progress, self.data.augment)
 
 
 @dataclass(frozen=True)
@@ -95,9 +94,18 @@ def _stage1(given: Ingredients, config: StageConfig) -> Plan:
 
 
 def _stage2(given: Ingredients, config: StageConfig) -> Plan:
+    assert isinstance(config, Stage2Config)
+    if config.itc_weight:
+        given.model.bridge.need("text", "contrast", "temperature")
     caption_rows, described = given.data.captions()
-    captions = given.with_images(caption_rows)
-    return Plan(CaptionObjective(captions), (captions,), lambda model: _captions(model, described[: config.eval_items]))
+    captions, watched = given.with_images(caption_rows), described[: config.eval_items]
+    return Plan(Stage2(config, captions), (captions,), lambda model: _captions(model, watched))
+
+
+def _caption(given: Ingredients, config: StageConfig) -> Plan:
+    caption_rows, described = given.data.captions()
+    captions, watched = given.with_images(caption_rows), described[: config.eval_items]
+    return Plan(CaptionObjective(captions), (captions,), lambda model: _captions(model, watched))
 
 
 def _vqa(given: Ingredients, config: StageConfig) -> Plan:
@@ -105,13 +113,31 @@ def _vqa(given: Ingredients, config: StageConfig) -> Plan:
     caption_rows, described = given.data.captions()
     question_rows, asked = given.data.questions()
     captions, questions = given.with_images(caption_rows), given.with_images(question_rows)
+    items = [row for row in asked[: config.eval_items] if row.question is not None]
+    watched = described[: config.eval_items]
 
     def both(model: Blip2) -> dict[str, float]:
-        items = asked[: config.eval_items]
+        captioned = _captions(model, watched)
+        if not items:  # dialogues alone, which have no metric
+            return captioned
         answers = evaluate(EagerPipeline(model), items, task="vqa", batch_size=EVAL_BATCH).metrics
-        return {"vqa_accuracy": answers["accuracy"], **_captions(model, described[: config.eval_items])}
+        return {"vqa_accuracy": answers["accuracy"], **captioned}
 
-    return Plan(VqaObjective(questions, captions, config.caption_fraction), (questions, captions), both)
+    objective = VqaObjective(questions, captions, config.caption_fraction, config.dialogue_tokens)
+    return Plan(objective, (questions, captions), both)
+
+
+def _retrieval(given: Ingredients, config: StageConfig) -> Plan:
+    assert isinstance(config, RetrievalConfig)
+    plan, watched = _stage1(given, config), given.data.captions()[1][: config.eval_items]
+
+    def both(model: Blip2) -> dict[str, float]:
+        found = reranked_recall(
+            model, watched, candidates=config.candidates, ranks=given.ranks, progress=given.progress
+        )
+        return {**plan.evaluate(model), **found}
+
+    return replace(plan, evaluate=both)
 
 
 def _captions(model: Blip2, rows: list[Row]) -> dict[str, float]:
@@ -121,8 +147,12 @@ def _captions(model: Blip2, rows: list[Row]) -> dict[str, float]:
     return {f"caption_{name}": value for name, value in metrics.items()}
 
 
+HEADS: tuple[Part, ...] = ("text", "contrast", "matching", "generation", "temperature")
 STAGE_KINDS: dict[StageName, StageKind] = {
-    "stage1": StageKind(0, ("text", "contrast", "matching", "generation", "temperature"), False, _stage1),
+    "stage1": StageKind(0, HEADS, False, _stage1),
     "stage2": StageKind(1, ("language",), False, _stage2),
+    "caption": StageKind(3, ("language",), False, _caption),
     "vqa": StageKind(2, ("text", "language"), True, _vqa),
+    "retrieval": StageKind(4, HEADS, False, _retrieval),
 }
+"""Which stage each one starts from says `trainer.config.STARTS_FROM`."""

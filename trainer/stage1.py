@@ -69,7 +69,7 @@ class Stage1:
         rows, features_bnE = self.train.batch(indices, draws)
         captions = [str(draws.row(place).choice(row.captions)) for place, row in enumerate(rows)]
         texts = text_batch(model, [normalise_caption(caption) for caption in captions])
-        image_ids_b = torch.tensor([_number(row.image_id) for row in rows], device=features_bnE.device)
+        image_ids_b = torch.tensor([number_of(row.image_id) for row in rows], device=features_bnE.device)
         return Pairs(texts.to(features_bnE.device), features_bnE, image_ids_b)
 
     def embed(self, model: Blip2, part: Pairs) -> tuple[tuple[Tensor, ...], Kept]:
@@ -158,7 +158,7 @@ class Stage1:
         return measure(model, self.watched)
 
 
-def _number(image_id: str) -> int:
+def number_of(image_id: str) -> int:
     """An int64 that stands for the id on every process."""
     return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), signed=True)
 

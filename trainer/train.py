@@ -8,13 +8,15 @@ import torch
 
 from runtime.files import atomic_folder
 from runtime.progress import Progress
+from runtime.text import MAX_WORDS
+from trainer.bert import start_from_bert
 from trainer.blip2 import new_blip2
 from trainer.bridge import PARTS, Part
 from trainer.checkpoint import load_bridge, read_config, require_halves, write_checkpoint
-from trainer.config import ModelConfig, StageConfig
+from trainer.config import ModelConfig, StageConfig, StageName
 from trainer.data import FeatureStore, ResolvedData
 from trainer.fit import Fit
-from trainer.plans import STAGE_KINDS, Ingredients, StageName
+from trainer.plans import STAGE_KINDS, Ingredients
 from trainer.ranks import Ranks
 from trainer.shard import spread, whole
 from trainer.watch import Watcher
@@ -50,6 +52,8 @@ def run_stage(
     if init is not None and began is not None:
         require_halves(init, began, model)
         load_bridge(blip2, init, fresh)
+    elif model.qformer_init is not None:
+        start_from_bert(blip2, model.qformer_init)
     if fresh:
         progress.note(f"{stage}: {init} has no {', '.join(fresh)} part; it starts from random weights")
     blip2.prepare(config)
@@ -73,7 +77,8 @@ def run_stage(
     ).run()
     found = ranks.collect({path: why for rows in plan.rows for path, why in rows.broken().items()})
     broken = {path: why for of_process in found for path, why in of_process.items()}
-    metrics = {"stage": stage, "held_out": history, "broken_images": broken}
+    cut, left_out = sum(rows.cut_texts for rows in plan.rows), sum(rows.left_out for rows in plan.rows)
+    metrics = {"stage": stage, "held_out": history, "broken_images": broken, "cut_texts": cut, "left_out": left_out}
     with whole(blip2):
         if ranks.is_main:
             with atomic_folder(out) as folder:
@@ -82,6 +87,10 @@ def run_stage(
     ranks.barrier()
     if broken:
         progress.note(f"{stage}: {len(broken)} images could not be read and were replaced; metrics.json names them")
+    if left_out:
+        progress.note(f"{stage}: {left_out} entries of the data sets could not be used; qforge data check names them")
+    if cut:
+        progress.note(f"{stage}: {cut} rows have a text of more than {MAX_WORDS} words, which was read up to there")
     return out
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from export.config import GateConfig, GateTask
 from runtime.answers import Answer, Answerer, Request
 from runtime.bundle import Bundle
-from runtime.dataset import Row, read_manifest
+from runtime.dataset import Row
 from runtime.errors import DataError, InputError
 from runtime.estimates import mean_score, paired_difference
 from runtime.files import sha256_of
@@ -28,6 +28,7 @@ from trainer.blip2 import Blip2
 from trainer.generate import EagerPipeline
 from trainer.retrieval import EagerRetrieval
 from trainer.scorers import item_scorers
+from trainer.sources.convert import read_rows
 
 RERANKED = 16
 """Candidates that matching looks at again in the task retrieval."""
@@ -145,7 +146,7 @@ def gate_rows(config: GateConfig, calibrated_on: Collection[str], answers: bool,
     if not (searches if config.task == "retrieval" else answers):
         does = "answer" if config.task != "retrieval" else "search"
         raise InputError(f"export.gate.task {config.task}: this bundle does not {does}; choose another task or --heads")
-    fitting = [row for row in read_manifest(config.data) if _fits(row, config.task)]
+    fitting = [row for row in read_rows(config.data) if _fits(row, config.task)]
     if not fitting:
         wanted = "captions" if config.task in ("caption", "retrieval") else "questions with answers"
         raise DataError(f"{config.data}: expected rows with {wanted}, found none; choose another file or --gate-task")

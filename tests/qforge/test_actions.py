@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qforge.actions import failures_of, fingerprint_data, fingerprint_sources, manifests_of, prepare_data, write_report
+from qforge.actions import failures_of, fingerprint_data, fingerprint_sources, prepare_data, sources_of, write_report
 from qforge.recipe import Recipe, parse_recipe
 from runtime.errors import DataError, ImageError, MissingFile
 from runtime.files import write_json_atomic
@@ -39,15 +39,15 @@ def root(recipe: Recipe) -> Path:
 def test_manifest_paths_are_those_of_the_trainer(recipe: Recipe, tmp_path: Path) -> None:
     for data in (recipe.data, Recipe().data):
         resolved = resolve(data, tmp_path / "data")
-        for setting, path in manifests_of(data, tmp_path).items():
-            assert getattr(resolved, setting) == path
+        for setting, sources in sources_of(data, tmp_path).items():
+            assert getattr(resolved, setting) == sources
 
 
 def test_sound_data_are_counted(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare_data(recipe, tmp_path, tmp_path)
     found = json.loads((tmp_path / "check.json").read_text())["manifests"]
     assert set(found) == set(SETS)
-    assert all(report["images"] == 2 and report["ok"] for report in found.values())
+    assert all(report["images"] == 2 and report["ok"] for reports in found.values() for report in reports)
     assert capsys.readouterr().err == ""
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from qforge.recipe import Recipe, load_recipe
+from qforge.run import Start, stage_folder, stages_to, steps_of
 from qforge.run import run as run_recipe
-from qforge.run import steps_of
 from qforge.steps import Done, Step, folder_lock, read_records, run_steps
 from runtime.errors import InputError
 
@@ -332,4 +332,72 @@ def test_a_run_that_could_not_be_measured_does_not_start(tmp_path: Path) -> None
     recipe = load_recipe(ROOT / "recipes/smoke.yaml", ["export.heads=retrieval"])
     with pytest.raises(InputError, match=r"a run measures answers\. .*qforge export .*stage1 --heads retrieval"):
         run_recipe(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+ALL = ("stage1", "stage2", "caption", "vqa", "retrieval")
+
+
+@pytest.mark.parametrize(
+    ("stages", "last", "expected"),
+    [
+        (ALL, "vqa", ("stage1", "stage2", "vqa")),
+        (ALL, "caption", ("stage1", "stage2", "caption")),
+        (ALL, "retrieval", ("stage1", "retrieval")),
+        (("stage1", "vqa"), "vqa", ("stage1", "vqa")),
+        (("retrieval",), "retrieval", ("retrieval",)),
+    ],
+)
+def test_a_stage_goes_on_from_where_the_paper_starts_it(stages, last, expected) -> None:
+    assert stages_to(stages, last) == expected
+
+
+@pytest.mark.parametrize(
+    ("after", "wanted", "left"),
+    [
+        ("stage1", ("stage1", "stage2", "vqa"), ("stage2", "vqa")),
+        ("stage2", ("stage1", "stage2", "caption", "vqa"), ("caption", "vqa")),
+        ("stage1", ("retrieval",), ("retrieval",)),
+        ("vqa", ("stage1", "stage2", "vqa"), ("vqa",)),
+        ("caption", ("stage1", "stage2"), ("stage2",)),
+    ],
+)
+def test_a_checkpoint_leaves_the_stages_behind_it(after, wanted, left) -> None:
+    assert Start(Path("ckpt"), after).left(wanted) == left
+
+
+def test_every_fine_tune_starts_from_its_own_stage(demo: Recipe) -> None:
+    recipe = load_recipe(ROOT / "recipes" / "demo.yaml", ["stages=[stage1,stage2,caption,vqa,retrieval]"])
+    steps = {step.name: step for step in steps_of(recipe, Path("out"), only=recipe.stages)}
+    assert list(steps) == ["data", *ALL]
+    assert {name: steps[name].after for name in ALL[2:]} == {
+        "caption": ("data", "stage2"),
+        "vqa": ("data", "stage2"),
+        "retrieval": ("data", "stage1"),
+    }
+    assert steps["retrieval"].action.args[-1] == Path("out/steps/stage1"), "the checkpoint it starts from"
+    assert [stage_folder(recipe, stage) for stage in ALL[-2:]] == ["steps/vqa", "checkpoint"]
+    first = Start(Path("ckpt"), "stage2")
+    begun = {step.name: step for step in steps_of(recipe, Path("out"), first, ("caption", "vqa"))}
+    assert [begun[name].action.args[-1] for name in ("caption", "vqa")] == [Path("ckpt")] * 2
+
+
+def test_the_last_stage_is_what_is_exported() -> None:
+    recipe = load_recipe(ROOT / "recipes" / "demo.yaml", ["stages=[stage1,stage2,caption]"])
+    steps = {step.name: step for step in steps_of(recipe, Path("out"))}
+    assert steps["caption"].output == "checkpoint"
+    assert "caption" in steps["export-fp32"].after
+    assert "caption" in steps["bench"].after
+
+
+def test_stages_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"stages: expected each once and in order: stage1, vqa"):
+        load_recipe(ROOT / "recipes/smoke.yaml", ["stages=[vqa,stage1]"])
+    with pytest.raises(
+        InputError, match=r"stage caption: expected one of .*--set stages=\[stage1,stage2,caption,vqa\]"
+    ):
+        stages_to(("stage1", "stage2", "vqa"), "caption")
+    searching = load_recipe(ROOT / "recipes/smoke.yaml", ["stages=[stage1,retrieval]"])
+    with pytest.raises(InputError, match=r"expected a last stage that answers .* found retrieval.*--heads retrieval"):
+        run_recipe(searching, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.dataset import check_manifest, read_manifest
+from runtime.dataset import read_manifest
+from runtime.dataset_check import check_manifest
 from runtime.errors import DataError, MissingFile
 
 
@@ -140,8 +141,8 @@ def test_check_finds_every_problem(write, tmp_path):
         (2, f"found captions of image_id '1' already at {path}:1"),
         (4, f"found question 'q' of image_id '1' already at {path}:3"),
         (7, f"expected one image file per image_id, found '1' for another file at {path}:1"),
-        (7, "broken.bmp: the image is truncated or damaged"),
         (6, "none.png: expected an image file, found nothing under that name"),
+        (7, "broken.bmp: the image is truncated or damaged"),
     ]
     assert len(report.problems) == len(expected)
     for problem, (line, sentence) in zip(report.problems, expected, strict=True):

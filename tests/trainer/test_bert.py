@@ -5,12 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast, PreTrainedTokenizerFast
 
 from runtime.errors import CheckpointError, InputError
+from tests.trainer.test_train import run
 from trainer.bert import start_from_bert
 from trainer.blip2 import Blip2, new_blip2
+from trainer.checkpoint import load_checkpoint
 from trainer.config import ModelConfig
+from trainer.data import ResolvedData
 from trainer.towers import DECODER_TOKEN
 
 
@@ -85,3 +89,15 @@ def test_what_is_no_fitting_bert_is_refused(model_config: ModelConfig, bert_fold
     smaller.bridge.embeddings.word_embeddings = torch.nn.Embedding(9, 32)
     with pytest.raises(CheckpointError, match=r"the Q-Former 9: model\.text_tokenizer is not this BERT's"):
         start_from_bert(smaller, str(bert_folder))
+
+
+def test_a_run_without_a_checkpoint_to_start_from_starts_from_bert(
+    model_config: ModelConfig, bert_folder: Path, data: ResolvedData, tmp_path: Path
+) -> None:
+    config = model_config.model_copy(update={"text_tokenizer": str(bert_folder), "qformer_init": str(bert_folder)})
+    out = run("stage1", config, data, tmp_path / "out", steps=1, learning_rate=1e-6, eval_items=2)
+    words = load_file(out / "model.safetensors")["embeddings.word_embeddings.weight"]
+    theirs = load_file(bert_folder / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
+    assert len(words) == len(theirs) + 1
+    assert (words[: len(theirs)] - theirs).abs().max() < 1e-4, "one tiny step away"
+    assert load_checkpoint(out).text_tokenizer.bos_token == DECODER_TOKEN

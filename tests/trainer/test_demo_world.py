@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.dataset import check_manifest, read_manifest
+from runtime.dataset import read_manifest
+from runtime.dataset_check import check_manifest
 from runtime.files import sha256_of
 from runtime.progress import Progress
 from runtime.scoring import question_prior

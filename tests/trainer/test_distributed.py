@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from runtime.files import sha256_of
 from tests.trainer.launch import finish, start
-from tests.trainer.together import SAME_ON_BOTH, TRAININGS, Given
+from tests.trainer.together import RESUMED, SAME_ON_BOTH, TRAININGS, Given
 from trainer.config import ModelConfig
-from trainer.data import ResolvedData
 from trainer.ranks import Ranks
 
 LOSS = 1e-5
@@ -22,20 +22,14 @@ WEIGHT = 1e-4
 
 
 @pytest.fixture(scope="module")
-def folder(
-    model_config: ModelConfig, data: ResolvedData, world: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def folder(model_config: ModelConfig, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have done all trainings."""
     folder = tmp_path_factory.mktemp("together")
     copy = folder / "world"
     shutil.copytree(world, copy)
     for name in ("train-00003.png", "train-00007.png", "train-00020.png"):
         (copy / "images" / name).write_bytes(b"not a picture")
-    broken = {
-        name: copy / value.name if isinstance(value := getattr(data, name), Path) else value
-        for name in data.__dataclass_fields__
-    }
-    Given.write(folder, model_config, data, ResolvedData(**broken))
+    Given.write(folder, model_config, world, copy)
     ended = finish(start("tests.trainer.together", str(folder)))
     assert [code for code, _, _ in ended] == [0, 0], ended[0][2][-3000:] + ended[1][2][-3000:]
     return folder
@@ -92,6 +86,14 @@ def test_shared_out_halves_train_as_whole_ones(sharded: str, whole: str, folder:
     if whole == "whole_tower":
         towers = [load_file(folder / f"{name}.2" / "vision" / "model.safetensors") for name in (sharded, whole)]
         assert max(float((towers[0][key] - towers[1][key]).abs().max()) for key in towers[0]) < WEIGHT
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_of_two_processes_goes_on_with_the_same_bits(name: str, folder: Path) -> None:
+    whole, resumed = (folder / f"{name}_{how}.2" for how in ("whole", "cut"))
+    assert [step["step"] for step in steps(folder, f"{name}_cut", 2)] == [3, 4]
+    assert sha256_of(resumed / "model.safetensors") == sha256_of(whole / "model.safetensors")
+    assert steps(folder, f"{name}_cut", 2)[-1]["loss"] == steps(folder, f"{name}_whole", 2)[-1]["loss"]
 
 
 def test_a_run_of_two_processes_goes_on_with_one(folder: Path, given: Given) -> None:

@@ -13,8 +13,9 @@ from runtime.errors import CheckpointError, InputError, MissingFile
 from tests.families import FAMILIES, HABITS, new_tokenizer, write_family
 from trainer.blip2 import Blip2, new_blip2
 from trainer.config import ModelConfig
-from trainer.generative import Target, caption_target, language_loss, question_target, split_target
+from trainer.generative import language_loss
 from trainer.language import continuation, end_tokens, load_language, pad_token, require_prefix
+from trainer.targets import Target, caption_target, question_target, split_target
 
 ROW = Row(
     image=Path("a.png"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,25 +13,46 @@ from runtime.errors import CheckpointError, DataError
 from runtime.files import sha256_of
 from runtime.progress import Progress
 from trainer import plans, train
+from trainer.blip2 import Blip2
 from trainer.checkpoint import load_checkpoint
-from trainer.config import ModelConfig, Stage1Config, Stage2Config, StageConfig, VqaConfig
-from trainer.data import FeatureStore, ResolvedData, rows_at
+from trainer.config import (
+    STAGES,
+    CaptionConfig,
+    DataConfig,
+    ModelConfig,
+    RetrievalConfig,
+    Stage1Config,
+    Stage2Config,
+    StageConfig,
+    StageName,
+    VqaConfig,
+)
+from trainer.data import FeatureStore, ResolvedData, resolve
 from trainer.guard import TrainingFailed
 from trainer.optimiser import learning_rate, make_optimiser
-from trainer.plans import STAGES, StageName
+from trainer.order import rows_at
 from trainer.ranks import Ranks
 from trainer.stepper import Stepper
+from trainer.watch import StepReport, Watcher
 
 SHORT = dict(steps=6, batch_size=8, warmup_steps=2, eval_every=3, eval_items=8, save_every=2, learning_rate=1e-3)
 CONFIGS: dict[StageName, StageConfig] = {
     "stage1": Stage1Config(**SHORT),
     "stage2": Stage2Config(**SHORT, precision="fp32"),
+    "caption": CaptionConfig(**SHORT),
     "vqa": VqaConfig(**SHORT),
+    "retrieval": RetrievalConfig(**SHORT, candidates=10),
 }
 
 
 def run(
-    stage: StageName, model: ModelConfig, data: ResolvedData, out: Path, init: Path | None = None, **changes
+    stage: StageName,
+    model: ModelConfig,
+    data: ResolvedData,
+    out: Path,
+    init: Path | None = None,
+    watchers: Sequence[Watcher] = (),
+    **changes,
 ) -> Path:
     config = CONFIGS[stage].model_copy(update=changes)
     return train.run_stage(
@@ -45,6 +67,7 @@ def run(
         store=FeatureStore(),
         progress=Progress(quiet=True),
         ranks=Ranks(),
+        watchers=watchers,
     )
 
 
@@ -86,16 +109,32 @@ def test_stages_follow_each_other_and_keep_the_text_side(model_config, data, tmp
     assert torch.equal(loaded.bridge.query_tokens, after["query_tokens"])
 
 
-def test_frozen_halves_do_not_change(model_config, data, tmp_path) -> None:
-    weights = [next(Path(folder).glob("*.safetensors")) for folder in (model_config.vision, model_config.language)]
-    hashes = [sha256_of(path) for path in weights]
-    checkpoint = run("vqa", model_config, data, tmp_path / "vqa")
-    assert [sha256_of(path) for path in weights] == hashes
-    model = load_checkpoint(checkpoint)
-    assert not any(p.requires_grad for p in [*model.vision.parameters(), *model.language_model.parameters()])
+class Frozen(Watcher):
+    """The bytes of everything outside the bridge, after the last step that was told."""
+
+    def after_step(self, model: Blip2, report: StepReport) -> None:
+        self.bytes = frozen_bytes(model)
+
+
+def frozen_bytes(model: Blip2) -> dict[str, bytes]:
+    halves = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("bridge.")}
+    return {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in halves.items()}
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_frozen_halves_do_not_change(stage, model_config, data, tmp_path) -> None:
+    """Byte for byte, in memory and in their files."""
+    weights = [next(Path(folder).glob("*.safetensors")) for folder in (model_config.vision, model_config.language)]
+    hashes, watcher = [sha256_of(path) for path in weights], Frozen()
+    checkpoint = run(stage, model_config, data, tmp_path / stage, watchers=[watcher])
+    assert [sha256_of(path) for path in weights] == hashes
+    model = load_checkpoint(checkpoint)
+    assert len(watcher.bytes) > 30
+    assert watcher.bytes == frozen_bytes(model)
+    assert not any(p.requires_grad for p in [*model.vision.parameters(), *model.language_model.parameters()])
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "vqa"])  # caption and retrieval minimise the same
 def test_loss_falls(stage, model_config, data, tmp_path) -> None:
     out = run(stage, model_config, data, tmp_path / stage, steps=60, eval_every=30, save_every=100)
     history = json.loads((out / "metrics.json").read_text())["held_out"]
@@ -112,12 +151,7 @@ def test_broken_images_are_replaced_and_reported(model_config, data, world, tmp_
     shutil.copytree(world, copy)
     (copy / "images" / "train-00003.png").write_bytes(b"not a picture")
     (copy / "images" / "train-00007.png").unlink()
-    moved = ResolvedData(
-        **{
-            name: copy / path.name if isinstance(path := getattr(data, name), Path) else path
-            for name in data.__dataclass_fields__
-        }
-    )
+    moved = resolve(DataConfig(), copy)
     out = run("stage2", model_config, moved, tmp_path / "out")
     broken = json.loads((out / "metrics.json").read_text())["broken_images"]
     assert sorted(Path(path).name for path in broken) == ["train-00003.png", "train-00007.png"]
@@ -128,7 +162,7 @@ def test_broken_images_are_replaced_and_reported(model_config, data, world, tmp_
 
 
 def test_nan_stops_training_and_keeps_the_resume_point(model_config, data, tmp_path, monkeypatch) -> None:
-    objective = plans.CaptionObjective
+    objective = plans.Stage2
     real = objective.loss
     calls = []
 

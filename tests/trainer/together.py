@@ -5,7 +5,6 @@ FOLDER/given.json says model and data; each training leaves its steps and errors
 
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,22 @@ import torch
 
 from runtime.progress import Progress
 from trainer.blip2 import Blip2
-from trainer.config import ModelConfig, QFormerConfig, Stage1Config, Stage2Config, StageConfig, VqaConfig
-from trainer.data import FeatureStore, ResolvedData
+from trainer.config import (
+    AugmentConfig,
+    DataConfig,
+    ModelConfig,
+    QFormerConfig,
+    RetrievalConfig,
+    Stage1Config,
+    Stage2Config,
+    StageConfig,
+    StageName,
+    VqaConfig,
+)
+from trainer.data import FeatureStore, ResolvedData, resolve
 from trainer.guard import TrainingFailed
-from trainer.plans import CaptionObjective, StageName
 from trainer.ranks import Ranks, join
+from trainer.speaking import Stage2
 from trainer.stepper import Stepper
 from trainer.train import run_stage
 from trainer.watch import StepReport, Watcher
@@ -39,14 +49,21 @@ TRAININGS: dict[str, tuple[StageName, StageConfig]] = {
     "stage1_faithful": ("stage1", Stage1Config(**SHORT, itc_key_gradient=False, itc_queue=16)),
     "stage2": ("stage2", Stage2Config(**SHORT)),
     "stage2_parts": ("stage2", Stage2Config(**SHORT, accumulation=2)),
+    "stage2_contrast": ("stage2", Stage2Config(**SHORT, itc_weight=0.5)),
     "vqa": ("vqa", VqaConfig(**SHORT)),
+    "retrieval": ("retrieval", RetrievalConfig(**SHORT, candidates=10)),
     "sharded": ("stage2", Stage2Config(**SHORT, shard=("vision", "language"))),
     "sharded_tower": ("stage2", Stage2Config(**SHORT, shard=("vision",), train_vision=True)),
     "whole_tower": ("stage2", Stage2Config(**SHORT, train_vision=True)),
     "broken": ("stage2", Stage2Config(**SHORT)),
+    "changed": ("stage2", Stage2Config(**SHORT)),
 }
+CHANGES = AugmentConfig(crop_scale=(0.5, 1.0), flip=True, operations=2)
+"""Of the images of the training so called."""
 SAME_ON_BOTH = [name for name in TRAININGS if name not in ("sharded", "sharded_tower")]
 """Those that one process can do too."""
+RESUMED = ("stage1", "stage2", "vqa")
+"""Those that are cut short and go on, with dropout."""
 
 
 class Notes(Watcher):
@@ -66,14 +83,17 @@ class Given:
         self.folder = folder
         given = json.loads((folder / "given.json").read_text())
         self.model = ModelConfig.model_validate(given["model"])
-        self.data, self.broken_data = (_data(given[name]) for name in ("data", "broken_data"))
+        world, broken = Path(given["world"]), Path(given["broken_world"])
+        self.data, self.other_data = resolve(DataConfig(), world), dict[str, ResolvedData]()
+        self.other_data["broken"] = resolve(DataConfig(), broken)
+        self.other_data["changed"] = resolve(DataConfig(augment=CHANGES), world)
 
     @staticmethod
-    def write(folder: Path, model: ModelConfig, data: ResolvedData, broken_data: ResolvedData) -> None:
+    def write(folder: Path, model: ModelConfig, world: Path, broken_world: Path) -> None:
         """What `Given(folder)` reads; the model is given no dropout, which differs between processes."""
         small = model.model_copy(update={"qformer": QFormerConfig(**model.qformer.model_dump() | {"dropout": 0.0})})
-        tree = {"model": small.model_dump(mode="json"), "data": asdict(data), "broken_data": asdict(broken_data)}
-        (folder / "given.json").write_text(json.dumps(tree, default=str))
+        tree = {"model": small.model_dump(mode="json"), "world": str(world), "broken_world": str(broken_world)}
+        (folder / "given.json").write_text(json.dumps(tree))
 
     def train(self, name: str, ranks: Ranks, *, out: str | None = None, dropout: float = 0.0) -> Path:
         """One training; returns its checkpoint and leaves its steps beside it."""
@@ -83,7 +103,7 @@ class Given:
         run_stage(
             stage,
             model=self.model.model_copy(update={"qformer": qformer}),
-            data=self.broken_data if name == "broken" else self.data,
+            data=self.other_data.get(name, self.data),
             config=config,
             seed=3,
             init=None,
@@ -99,11 +119,7 @@ class Given:
         return folder
 
 
-def _data(tree: Mapping[str, Any]) -> ResolvedData:
-    return ResolvedData(**{key: Path(value) if isinstance(value, str) else value for key, value in tree.items()})
-
-
-class Poisoned(CaptionObjective):
+class Poisoned(Stage2):
     """Stage 2 whose loss in the third step is no number, on the last process alone."""
 
     calls = 0
@@ -119,13 +135,8 @@ class Killed(Exception):
     """Stands for what ends all processes between two steps."""
 
 
-def main(folder: Path) -> None:
-    """All trainings on the processes of the launcher."""
-    import trainer.plans
-
-    given, ranks = Given(folder), join()
-    for name in TRAININGS:
-        given.train(name, ranks)
+def cut(given: Given, ranks: Ranks, name: str, out: str, dropout: float = 0.0) -> None:
+    """A training that ends after three of its four steps, the last resume point being that after the second."""
     step = Stepper.step
 
     def dying(self: Stepper, number: int, *rest: Any) -> Any:
@@ -135,10 +146,24 @@ def main(folder: Path) -> None:
 
     Stepper.step = dying  # type: ignore[method-assign]
     try:
-        given.train("stage1", ranks, out="cut")
+        given.train(name, ranks, out=out, dropout=dropout)
     except Killed:
         Stepper.step = step  # type: ignore[method-assign]
-    trainer.plans.CaptionObjective = Poisoned  # type: ignore[misc]
+
+
+def main(folder: Path) -> None:
+    """All trainings on the processes of the launcher."""
+    import trainer.plans
+
+    given, ranks = Given(folder), join()
+    for name in TRAININGS:
+        given.train(name, ranks)
+    cut(given, ranks, "stage1", "cut")
+    for name in RESUMED:
+        given.train(name, ranks, out=f"{name}_whole", dropout=0.1)
+        cut(given, ranks, name, f"{name}_cut", dropout=0.1)
+        given.train(name, ranks, out=f"{name}_cut", dropout=0.1)
+    trainer.plans.Stage2 = Poisoned  # type: ignore[misc]
     try:
         given.train("stage2", ranks, out="poisoned")
     except TrainingFailed as error:

@@ -22,7 +22,7 @@ from transformers import (
 from runtime.errors import CheckpointError, InputError, MissingFile
 from runtime.preprocess import PreprocessSettings
 from trainer.bridge import Part
-from trainer.config import ModelConfig, QFormerConfig
+from trainer.config import ModelConfig, QFormerConfig, StageName
 from trainer.convert.check import expected_tensors, require_match
 from trainer.convert.images import processor_json, read_image_processor
 from trainer.convert.model import (
@@ -37,7 +37,6 @@ from trainer.convert.model import (
 from trainer.convert.options import ImportOptions
 from trainer.convert.stream import Pieces, read_weights
 from trainer.language import language_class
-from trainer.plans import StageName
 from trainer.towers import load_tokenizer
 
 VISION, LANGUAGE, NORM = "vision_model.", "language_model.", "vision_model.post_layernorm."

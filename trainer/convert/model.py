@@ -14,10 +14,9 @@ from runtime.files import atomic_folder
 from runtime.preprocess import PreprocessSettings
 from trainer.bridge import PARTS, Bridge, Part
 from trainer.checkpoint import FORMAT, INSIDE, WEIGHTS, CheckpointConfig, half_hashes, resolved, their_name
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, StageName
 from trainer.convert.check import expected_tensors, require_match
 from trainer.convert.stream import Piece, Pieces, read_weights, write_safetensors, write_weights
-from trainer.plans import StageName
 
 METRICS = "metrics.json"
 """The file that only a folder of ours has: an import may replace what holds it."""

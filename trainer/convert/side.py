@@ -22,12 +22,11 @@ from runtime.errors import CheckpointError, InputError
 from runtime.preprocess import PreprocessSettings
 from runtime.settings import Settings
 from trainer.bridge import Part
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, StageName
 from trainer.convert.hf import read_hf, read_hf_config
 from trainer.convert.model import Half, Imported, half_of, require_bridge
 from trainer.convert.options import ImportOptions
 from trainer.convert.stream import read_safetensors
-from trainer.plans import StageName
 
 SIDE = "qforge.json"
 SIDE_WEIGHTS = "qforge.safetensors"

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
+from transformers import Blip2ForConditionalGeneration
 
-from tests.trainer.convert.conftest import Case, qforge
+from tests.trainer.convert.conftest import Case, pixels_for, qforge
 from trainer.bridge import PARTS
 from trainer.checkpoint import load_checkpoint, read_config
 
@@ -19,6 +21,7 @@ RECIPE = {
     },
     "stage1": STEPS,
     "stage2": STEPS,
+    "caption": STEPS,
     "vqa": STEPS,
 }
 
@@ -109,3 +112,26 @@ def test_the_resolved_recipe_holds_the_model_of_the_checkpoint(
     again = json.loads((out / ".steps/stage2.json").read_text())
     assert qforge("train", recipe, "--out", out, "--init", opt.checkpoint, "--stage", "stage2", prompt) == 0
     assert json.loads((out / ".steps/stage2.json").read_text()) == again, "a second run does nothing"
+
+
+def test_a_trained_image_encoder_goes_to_hugging_face_and_back(
+    case: Callable[[str], Case], recipe: Path, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    """A caption fine-tune alone, by the command line, without any question in the data."""
+    data, opt, out = tmp_path / "data", case("opt"), tmp_path / "run"
+    assert qforge("data", "demo", "--out", data, "--set", "data.demo.train_scenes=12") == 0
+    for manifest in data.glob("vqa_*.jsonl"):
+        manifest.unlink()
+    changes = ["stages=[caption]", f"data.root={data}", "caption.train_vision=true", "caption.learning_rate=0.01"]
+    settings = [part for change in changes for part in ("--set", change)]
+    assert qforge("train", recipe, "--out", out, "--init", opt.checkpoint, *settings) == 0
+    with torch.no_grad():
+        ours = load_checkpoint(out / "checkpoint")
+        pixels = pixels_for(ours, pictures)
+        assert not torch.allclose(ours.vision(pixels), opt.ours.vision(pixels), atol=1e-3)
+        assert qforge("to-hf", out / "checkpoint", "--out", tmp_path / "hf") == 0
+        theirs = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+        expected = theirs.vision_model(pixel_values=pixels).last_hidden_state
+        assert (ours.encode_image(pixels) - expected).abs().max() < 1e-5
+        assert qforge("import", tmp_path / "hf", "--out", tmp_path / "back") == 0
+        assert torch.equal(load_checkpoint(tmp_path / "back").encode_image(pixels), ours.encode_image(pixels))
