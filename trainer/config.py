@@ -106,8 +106,10 @@ class DemoHalvesConfig(Settings):
     """Documents in a step of the decoder-only language model."""
     t5_steps: PositiveInt = 3_000
     """Optimiser steps of the encoder-decoder."""
-    t5_note_steps: NonNegativeInt = 800
-    """The first of them, on notes alone."""
+    t5_attribute_steps: NonNegativeInt = 150
+    """The first of them, on notes about attributes alone."""
+    t5_note_steps: NonNegativeInt = 1_000
+    """The first of them, on notes alone, those about attributes included."""
     t5_batch_size: PositiveInt = 48
     """Documents in a step of the encoder-decoder."""
     vision_learning_rate: PositiveFloat = 1.5e-3

@@ -16,6 +16,8 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 INITIAL_EMBEDDING = 0.1
 """Size at which token and position embeddings of a new language model start."""
+FARTHEST_FALL = 6.0
+"""How much less than its favourite place a head of the T5-shaped model attends to any other at first (nats)."""
 T5_ADDED = 0.3
 """What is left of the size at which T5's layers start to add to the residual stream: that of the OPT-shaped model."""
 
@@ -107,10 +109,11 @@ def new_encoder_decoder(
 
 
 def _neighbours(attention: T5Attention) -> Tensor:
-    """Position biases [buckets, heads]: of four heads one looks a word back and one, in an encoder, a word ahead.
+    """Position biases [buckets, heads]: of four heads the second looks a word back, the third of an encoder a word on.
 
     They fall with the distance from that neighbour (ALiBi, arXiv 2108.12409), and no further than what a head can
-    learn to overcome; all layers share them. The other heads look everywhere.
+    learn to overcome; all layers share them. The first head of an encoder looks at what was said before, so that a
+    word finds where it stood and not itself; the fourth looks everywhere.
     """
     farthest = attention.relative_attention_max_distance
     offsets = torch.arange(-farthest, 1 if attention.is_decoder else farthest + 1)
@@ -119,8 +122,10 @@ def _neighbours(attention: T5Attention) -> Tensor:
     )
     biases = torch.zeros(attention.relative_attention_num_buckets, attention.n_heads)
     for first, neighbour in ((1, -1),) if attention.is_decoder else ((1, -1), (2, 1)):
-        fall = -(2.0 * (offsets - neighbour).abs()).clamp(max=6.0)
+        fall = -(2.0 * (offsets - neighbour).abs()).clamp(max=FARTHEST_FALL)
         biases[buckets, first::4] = fall[:, None]
+    if not attention.is_decoder:
+        biases[buckets, 0::4] = -FARTHEST_FALL * (offsets >= -1).float()[:, None]
     return biases
 
 

@@ -12,7 +12,9 @@ from runtime.files import sha256_of
 from runtime.progress import Progress
 from trainer.config import DEMO, DEMO_FOLDERS, DEMO_T5, DemoHalvesConfig, ModelConfig
 from trainer.demo_world.documents import (
+    CAPTION,
     DOCUMENT_TOKENS,
+    QUESTION,
     SAID_TOKENS,
     Document,
     documents,
@@ -25,6 +27,7 @@ from trainer.demo_world.reader import answers_read_off
 from trainer.demo_world.scene import WIDE, random_scenes
 from trainer.demo_world.vocabulary import train_language_tokenizer
 from trainer.language import load_language, style_of
+from trainer.losses import IGNORED
 from trainer.new_halves import new_encoder_decoder
 from trainer.towers import DEMO_HALVES, load_tokenizer, source_folder
 
@@ -69,40 +72,50 @@ def test_an_encoder_decoder_reads_what_is_given_and_says_what_follows(docs: list
     tokenizer = train_language_tokenizer([text for doc in docs for text in doc.texts()], "encoder-decoder")
     lesson = lesson_encoder_decoder(docs, tokenizer, np.random.default_rng(0))
     assert lesson.read_NS is not None
+    assert lesson.asked_NS is not None
     kinds = Counter[str]()
-    for doc, read, said, weights in zip(docs, lesson.read_NS, lesson.said_NT, lesson.weights_NT, strict=True):
+    parts = zip(docs, lesson.read_NS, lesson.asked_NS, lesson.said_NT, lesson.weights_NT, strict=True)
+    for doc, read, asked, said, weights in parts:
         heard = words(tokenizer.decode(read, skip_special_tokens=True))
         spoken = words(tokenizer.decode(said[weights > 0], skip_special_tokens=True))
+        places = (asked != IGNORED).nonzero()[:, 0].tolist()
         assert heard.startswith(doc.facts)
-        if doc.told[0][0] == "":  # a caption, whole or from a word before its midpoint on
+        if doc.kind == CAPTION:  # whole, or from a word before its midpoint on
             beginning, caption = words(heard.removeprefix(doc.facts)), doc.told[0][1]
             assert words(f"{beginning} {spoken}") == caption
             assert len(beginning.split()) <= len(caption.split()) / 2
+            assert not places
             kinds["split" if beginning else "whole"] += 1
-        elif len(doc.told) == 1:
-            assert heard == words(f"{doc.facts} {doc.told[0][0]}")
+            continue
+        whole = words(" ".join([doc.facts, *(given for given, _ in doc.told)]))
+        assert whole.startswith(heard)  # long notes are cut
+        for place, (given, follows) in zip(places, doc.told, strict=False):
+            before = tokenizer.decode(read[: place + 1], skip_special_tokens=True)
+            assert before.endswith(given.strip())
+            assert follows.split()[0].startswith(tokenizer.decode(asked[place]).strip())
+        if doc.kind == QUESTION:
+            assert len(places) == 1
             assert spoken == doc.told[0][1].strip()
-            counted = tokenizer.decode(said[weights == doc.weight], skip_special_tokens=True)
-            assert counted.strip() == spoken
+            assert (weights == doc.weight).sum() == len(tokenizer(spoken, add_special_tokens=False).input_ids)
         else:
-            assert heard == doc.facts
-            whole = words(" ".join(f"{given} {said}" for given, said in doc.told))
-            assert whole.startswith(spoken)  # long notes are cut
-            counted = words(tokenizer.decode(said[weights == doc.weight], skip_special_tokens=True))
-            assert words(" ".join(said for _, said in doc.told)).startswith(counted)
-            kinds["notes"] += 1
-    assert min(kinds["split"], kinds["whole"], kinds["notes"]) > 10
+            assert not weights.any()
+            kinds["notes"] += len(places)
+    assert min(kinds["split"], kinds["whole"]) > 10
+    assert kinds["notes"] > 500
     assert lesson.read_NS.shape[1] == DOCUMENT_TOKENS
     assert lesson.said_NT.shape[1] == SAID_TOKENS
 
 
 def test_a_new_encoder_decoder_looks_at_neighbours() -> None:
     model = new_encoder_decoder(vocabulary=40, width=32, layers=1, decoder_layers=1, heads=4, end=2, pad=1)
-    for stack, looks in ((model.encoder, (None, -1, 1, None)), (model.decoder, (None, -1, None, None))):
+    for stack, looks in ((model.encoder, ("before", -1, 1, None)), (model.decoder, (None, -1, None, None))):
         attention = stack.block[0].layer[0].SelfAttention
         bias_HST = attention.compute_bias(9, 9)[0]
         for bias_ST, neighbour in zip(bias_HST, looks, strict=True):
-            if neighbour is None:
+            if neighbour == "before":
+                assert bias_ST[4, :3].tolist() == [0, 0, 0]
+                assert bias_ST[4, 3:].max() < -1
+            elif neighbour is None:
                 assert bias_ST.abs().max() == 0
             else:
                 assert int(bias_ST[4].argmax()) == 4 + neighbour

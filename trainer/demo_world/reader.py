@@ -1,8 +1,9 @@
 """Pre-training of the demo's small language models: text alone, until answers are read off the facts."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import cycle, repeat
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_outputs import BaseModelOutput
 
 from runtime.progress import Progress
 from trainer.config import DemoHalvesConfig
 from trainer.demo_world.documents import (
     ANSWER_WEIGHT,
+    CAPTION,
+    QUESTION,
     Document,
     Lesson,
     documents,
@@ -26,8 +30,11 @@ from trainer.demo_world.optimise import optimise
 from trainer.demo_world.scene import WIDE, Split, random_scenes
 from trainer.demo_world.vocabulary import train_language_tokenizer
 from trainer.language import Style, style_of
+from trainer.losses import IGNORED
 from trainer.new_halves import new_encoder_decoder, new_language_model
 
+EVERY, DENSE, NOTES, ATTRIBUTES = "every", "dense", "notes", "attributes"
+"""What a step may be drawn from: all documents, those with several notes, all notes, notes on attributes."""
 CAPTION_SPLITS = 1
 """Seed of where an encoder-decoder is given captions' beginnings."""
 HELD_SCENES = 128
@@ -65,22 +72,19 @@ def pretrain_language(
     tokenizer = train_language_tokenizer(told.texts(), style)
     model = _blank_model(style, tokenizer)
     train = _lesson(model, tokenizer, told.train)
-    steps, note_steps, size = (
-        (config.language_steps, config.note_steps, config.language_batch_size)
-        if style == "decoder-only"
-        else (config.t5_steps, config.t5_note_steps, config.t5_batch_size)
-    )
-    every, (notes, questions, others) = torch.arange(len(told.train)), _kinds(told.train)
-    mixed = [every] if style == "decoder-only" else [notes, questions, others]
-    shares = torch.tensor([float(len(places)) for places in mixed])
-    order, of_kind = (torch.Generator().manual_seed(config.seed) for _ in range(2))
-    taken = count()
+    places = defaultdict[str, list[int]](list)
+    for place, doc in enumerate(told.train):
+        for kind in (doc.kind, *_groups(doc)):
+            places[kind].append(place)
+    among = {kind: torch.tensor(found) for kind, found in places.items()}
+    order, plan = torch.Generator().manual_seed(config.seed), _plan(config, style)
 
     def step() -> Tensor:
-        kind = int(torch.multinomial(shares, 1, generator=of_kind))
-        among = notes if next(taken) < note_steps else mixed[kind]
-        return _loss(model, train.rows(among[torch.randint(len(among), (size,), generator=order)]))
+        rows = among[next(plan)]
+        size = config.language_batch_size if style == "decoder-only" else config.t5_batch_size
+        return _loss(model, train.rows(rows[torch.randint(len(rows), (size,), generator=order)]))
 
+    steps = config.language_steps if style == "decoder-only" else config.t5_steps
     optimise([model], step, steps, config.language_learning_rate, progress, f"{style} language model")
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -94,20 +98,35 @@ def pretrain_language(
 @torch.no_grad()
 def answers_read_off(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, docs: Sequence[Document]) -> float:
     """Share of the questions among `docs` whose answer is the model's first choice after facts and question."""
-    asked = _lesson(model, tokenizer, [doc for doc in docs if doc.weight == ANSWER_WEIGHT])
+    asked = _lesson(model, tokenizer, [doc for doc in docs if doc.kind == QUESTION])
     logits_NTV, said_NT, weights_NT = _predict(model, asked)
     right = ((logits_NTV.argmax(-1) == said_NT) | (weights_NT != ANSWER_WEIGHT)).all(1)
     return float(right.float().mean())
 
 
-def _kinds(docs: Sequence[Document]) -> tuple[Tensor, Tensor, Tensor]:
-    """Places of documents with several notes, of questions, and of the others.
+def _groups(doc: Document) -> list[str]:
+    """What a step may be drawn from that this document belongs to, beside its own kind."""
+    found = [EVERY]
+    if doc.kind not in (CAPTION, QUESTION):
+        found.append(NOTES)
+    if len(doc.told) > 1:
+        found.append(DENSE)
+    return found
 
-    An encoder-decoder takes a step over one kind: questions have short answers, and beside notes they would be padded.
+
+def _plan(config: DemoHalvesConfig, style: Style) -> Iterator[str]:
+    """Which documents each step is drawn from, endlessly.
+
+    A decoder-only model begins with notes, then reads all kinds mixed. The encoder of an encoder-decoder learns to look
+    up attributes in a hundred steps when nothing else is asked, and not in a thousand among other notes; and a step
+    of its has one kind, for answers are short and would be padded beside captions.
     """
-    notes = torch.tensor([len(doc.told) > 1 for doc in docs])
-    questions = torch.tensor([doc.weight == ANSWER_WEIGHT for doc in docs])
-    return notes.nonzero()[:, 0], questions.nonzero()[:, 0], (~notes & ~questions).nonzero()[:, 0]
+    if style == "decoder-only":
+        yield from repeat(DENSE, config.note_steps)
+        yield from repeat(EVERY)
+    yield from repeat(ATTRIBUTES, config.t5_attribute_steps)
+    yield from repeat(NOTES, config.t5_note_steps - config.t5_attribute_steps)
+    yield from cycle((QUESTION, CAPTION, QUESTION, NOTES))
 
 
 def _blank_model(style: Style, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -120,7 +139,7 @@ def _blank_model(style: Style, tokenizer: PreTrainedTokenizerFast) -> PreTrained
     }
     if style == "decoder-only":
         return new_language_model(**common, layers=4, positions=256)
-    return new_encoder_decoder(**common, layers=3, decoder_layers=3)
+    return new_encoder_decoder(**common, layers=4, decoder_layers=2)
 
 
 def _lesson(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, docs: Sequence[Document]) -> Lesson:
@@ -129,24 +148,50 @@ def _lesson(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, docs: Se
     return lesson_encoder_decoder(docs, tokenizer, np.random.default_rng(CAPTION_SPLITS))
 
 
-# Shape letters: N documents, S tokens read by an encoder, T tokens said, V vocabulary
-def _predict(model: PreTrainedModel, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [N, T, V], what should have been said [N, T] and how much it counts [N, T]."""
+# Shape letters: N documents, S tokens read by an encoder, A places in them that are asked, T tokens said, V vocabulary
+def _predict(model: PreTrainedModel, lesson: Lesson, states_NSD: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [N, T, V], what should have been said [N, T] and how much it counts [N, T].
+
+    `states_NSD` is what the encoder made of the text that is read; None: it reads it now.
+    """
     if lesson.read_NS is None:
         # What follows a token, pads included, never reaches it.
         return model(input_ids=lesson.said_NT).logits[:, :-1], lesson.said_NT[:, 1:], lesson.weights_NT[:, 1:]
-    seen_NS = lesson.read_NS != model.config.pad_token_id
-    read, said = int(seen_NS.sum(1).max()), int((lesson.weights_NT > 0).sum(1).max())
+    states_NSD = _encode(model, lesson.read_NS) if states_NSD is None else states_NSD
+    said = int((lesson.weights_NT > 0).sum(1).max())
     said_NT = lesson.said_NT[:, :said]
     begun_NT = F.pad(said_NT[:, :-1], (1, 0), value=model.config.decoder_start_token_id)
+    seen_NS = lesson.read_NS[:, : states_NSD.shape[1]] != model.config.pad_token_id
     logits_NTV = model(
-        input_ids=lesson.read_NS[:, :read], attention_mask=seen_NS[:, :read], decoder_input_ids=begun_NT
+        encoder_outputs=BaseModelOutput(states_NSD), attention_mask=seen_NS, decoder_input_ids=begun_NT
     ).logits
     return logits_NTV, said_NT, lesson.weights_NT[:, :said]
 
 
+def _encode(model: PreTrainedModel, read_NS: Tensor) -> Tensor:
+    """What the encoder makes of a text [N, S, D], as long as the longest."""
+    seen_NS = read_NS != model.config.pad_token_id
+    longest = int(seen_NS.sum(1).max())
+    encoder = model.get_encoder()
+    states_NSD: Tensor = encoder(input_ids=read_NS[:, :longest], attention_mask=seen_NS[:, :longest]).last_hidden_state
+    return states_NSD
+
+
 def _loss(model: PreTrainedModel, lesson: Lesson) -> Tensor:
-    """Mean loss (nats) of what is said, by weight."""
-    logits_NTV, said_NT, weights_NT = _predict(model, lesson)
-    losses = F.cross_entropy(logits_NTV.flatten(0, 1), said_NT.flatten(), reduction="none")
-    return (losses * weights_NT.flatten()).sum() / weights_NT.sum()
+    """Mean loss (nats) of what is said, by weight; of an encoder-decoder also of what its encoder was asked.
+
+    The encoder is read with the table of embeddings, as the decoder is.
+    """
+    losses, states_NSD = list[Tensor](), None
+    if lesson.read_NS is not None and lesson.asked_NS is not None:
+        states_NSD = _encode(model, lesson.read_NS)
+        asked_NS = lesson.asked_NS[:, : states_NSD.shape[1]]
+        asks_NS = asked_NS != IGNORED
+        if asks_NS.any():
+            logits_AV = states_NSD[asks_NS] @ model.get_input_embeddings().weight.T
+            losses.append(F.cross_entropy(logits_AV, asked_NS[asks_NS]))
+    if lesson.weights_NT.any():
+        logits_NTV, said_NT, weights_NT = _predict(model, lesson, states_NSD)
+        of_token = F.cross_entropy(logits_NTV.flatten(0, 1), said_NT.flatten(), reduction="none")
+        losses.append((of_token * weights_NT.flatten()).sum() / weights_NT.sum())
+    return torch.stack(losses).sum()
