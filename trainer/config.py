@@ -106,10 +106,10 @@ class DemoHalvesConfig(Settings):
     """Documents in a step of the decoder-only language model."""
     t5_steps: PositiveInt = 3_000
     """Optimiser steps of the encoder-decoder."""
-    t5_attribute_steps: NonNegativeInt = 150
-    """The first of them, on notes about attributes alone."""
-    t5_note_steps: NonNegativeInt = 1_000
-    """The first of them, on notes alone, those about attributes included."""
+    t5_page_steps: NonNegativeInt = 150
+    """The first of them, on one kind of notes alone, and as many on the next, until each had its turn."""
+    t5_note_steps: NonNegativeInt = 400
+    """Those that follow, on notes of all kinds."""
     t5_batch_size: PositiveInt = 48
     """Documents in a step of the encoder-decoder."""
     vision_learning_rate: PositiveFloat = 1.5e-3

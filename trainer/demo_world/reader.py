@@ -25,7 +25,7 @@ from trainer.demo_world.documents import (
     lesson_decoder_only,
     lesson_encoder_decoder,
 )
-from trainer.demo_world.language import QuestionWriter
+from trainer.demo_world.language import PAGES, QuestionWriter
 from trainer.demo_world.optimise import optimise
 from trainer.demo_world.scene import WIDE, Split, random_scenes
 from trainer.demo_world.vocabulary import train_language_tokenizer
@@ -33,8 +33,8 @@ from trainer.language import Style, style_of
 from trainer.losses import IGNORED
 from trainer.new_halves import new_encoder_decoder, new_language_model
 
-EVERY, DENSE, NOTES, ATTRIBUTES = "every", "dense", "notes", "attributes"
-"""What a step may be drawn from: all documents, those with several notes, all notes, notes on attributes."""
+EVERY, DENSE, NOTES = "every", "dense", "notes"
+"""What a step may be drawn from beside one kind: all documents, those with several notes, all notes."""
 CAPTION_SPLITS = 1
 """Seed of where an encoder-decoder is given captions' beginnings."""
 HELD_SCENES = 128
@@ -117,15 +117,16 @@ def _groups(doc: Document) -> list[str]:
 def _plan(config: DemoHalvesConfig, style: Style) -> Iterator[str]:
     """Which documents each step is drawn from, endlessly.
 
-    A decoder-only model begins with notes, then reads all kinds mixed. The encoder of an encoder-decoder learns to look
-    up attributes in a hundred steps when nothing else is asked, and not in a thousand among other notes; and a step
-    of its has one kind, for answers are short and would be padded beside captions.
+    A decoder-only model begins with notes, then reads all kinds mixed. The encoder of an encoder-decoder learns each kind
+    of note in a hundred steps when nothing else is asked, and not in a thousand among the others; and a step of its
+    has one kind, for answers are short and would be padded beside captions.
     """
     if style == "decoder-only":
         yield from repeat(DENSE, config.note_steps)
         yield from repeat(EVERY)
-    yield from repeat(ATTRIBUTES, config.t5_attribute_steps)
-    yield from repeat(NOTES, config.t5_note_steps - config.t5_attribute_steps)
+    for page in PAGES:
+        yield from repeat(page, config.t5_page_steps)
+    yield from repeat(NOTES, config.t5_note_steps)
     yield from cycle((QUESTION, CAPTION, QUESTION, NOTES))
 
 
