@@ -33,7 +33,14 @@ from trainer.towers import DEMO_HALVES, load_tokenizer, source_folder
 
 PROMPT = ModelConfig().vqa_prompt
 SMALL = DemoHalvesConfig(
-    told_scenes=12, language_steps=3, note_steps=2, language_batch_size=4, t5_steps=3, t5_note_steps=1, t5_batch_size=4
+    told_scenes=12,
+    language_steps=3,
+    note_steps=2,
+    language_batch_size=4,
+    t5_steps=9,
+    t5_page_steps=1,
+    t5_note_steps=1,
+    t5_batch_size=4,
 )
 
 
