@@ -117,9 +117,9 @@ def _groups(doc: Document) -> list[str]:
 def _plan(config: DemoHalvesConfig, style: Style) -> Iterator[str]:
     """Which documents each step is drawn from, endlessly.
 
-    A decoder-only model begins with notes, then reads all kinds mixed. The encoder of an encoder-decoder learns each kind
-    of note in a hundred steps when nothing else is asked, and not in a thousand among the others; and a step of its
-    has one kind, for answers are short and would be padded beside captions.
+    A decoder-only model begins with notes, then reads all kinds mixed. The encoder of an encoder-decoder learns each
+    kind of note in a hundred steps when nothing else is asked, and not in a thousand among the others; and a step of
+    its has one kind, for answers are short and would be padded beside captions.
     """
     if style == "decoder-only":
         yield from repeat(DENSE, config.note_steps)
