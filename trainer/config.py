@@ -104,11 +104,11 @@ class DemoHalvesConfig(Settings):
     """Pictures in a step."""
     language_batch_size: PositiveInt = 96
     """Documents in a step of the decoder-only language model."""
-    t5_steps: PositiveInt = 3_000
+    t5_steps: PositiveInt = 7_000
     """Optimiser steps of the encoder-decoder."""
     t5_page_steps: NonNegativeInt = 150
     """The first of them, on one kind of notes alone, and as many on the next, until each had its turn."""
-    t5_note_steps: NonNegativeInt = 400
+    t5_note_steps: NonNegativeInt = 1_000
     """Those that follow, on notes of all kinds."""
     t5_batch_size: PositiveInt = 48
     """Documents in a step of the encoder-decoder."""
