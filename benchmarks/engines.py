@@ -41,7 +41,8 @@ from runtime.preprocess import PreprocessSettings
 from trainer.blip2 import Blip2
 from trainer.bridge import Part
 from trainer.config import ModelConfig, QFormerConfig
-from trainer.towers import VisionTower, new_vision_tower
+from trainer.new_halves import new_vision_tower
+from trainer.towers import VisionTower
 
 LIMITS = Limits(max_batch=8, max_positions=512, max_question_tokens=0, max_new_tokens=128)
 MEAN = (0.48, 0.46, 0.41)

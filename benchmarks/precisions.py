@@ -39,7 +39,8 @@ from runtime.progress import Progress
 from trainer.blip2 import new_blip2
 from trainer.checkpoint import load_checkpoint, write_checkpoint
 from trainer.config import DEMO, ModelConfig, QFormerConfig
-from trainer.towers import load_tokenizer, new_vision_tower
+from trainer.new_halves import new_vision_tower
+from trainer.towers import load_tokenizer
 
 Form = tuple[Precision, LanguagePrecision, Target]
 FORMS: tuple[Form, ...] = (

@@ -25,7 +25,7 @@ from runtime.packed import piece_of
 from runtime.precision import Precision
 from runtime.preprocess import load_image
 from runtime.progress import Progress
-from trainer.config import DEMO, ModelConfig, StageName
+from trainer.config import DEMO_FOLDERS, ModelConfig, StageName
 from trainer.data_config import FeaturesConfig
 from trainer.sources.check import LOOKED_THROUGH, look_at, sampled
 from trainer.sources.convert import as_manifest, files_behind
@@ -85,7 +85,8 @@ def fingerprint_data(recipe: Recipe, out: Path) -> dict[str, str]:
 def fingerprint_sources(model: ModelConfig) -> dict[str, str]:
     """Size and time of every file of halves that are local folders; the shipped ones count as code."""
     sources = (model.vision, model.language, model.text_tokenizer, model.qformer_init)
-    folders = [Path(source) for source in sources if source not in (None, DEMO)]
+    shipped = {source for _, source in DEMO_FOLDERS}
+    folders = [Path(source) for source in sources if source is not None and source not in shipped]
     files = [file for folder in folders if folder.is_dir() for file in folder.rglob("*") if file.is_file()]
     return {str(file): _size_and_time(file) for file in files}
 
@@ -138,7 +139,8 @@ def build_halves(recipe: Recipe, folder: Path) -> None:
     require("torch", extra="train", why="Pre-training the halves")
     from trainer.demo_world.halves import build_halves
 
-    build_halves(recipe.model.demo_halves, folder, Progress())
+    made = recipe.model.shipped_halves().values()
+    build_halves(recipe.model.demo_halves, recipe.model.vqa_prompt, made, folder, Progress())
 
 
 def train_stage(

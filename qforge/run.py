@@ -20,7 +20,7 @@ from qforge.steps import Done, Step, folder_lock, follow_steps, run_steps
 from runtime.errors import InputError
 from runtime.files import write_text_atomic
 from runtime.precision import NOT_ON_CPU, Precision
-from trainer.config import DEMO, STAGES, STARTS_FROM, ModelConfig, StageName
+from trainer.config import STAGES, STARTS_FROM, ModelConfig, StageName
 
 STAGE_STORIES: dict[StageName, str] = {
     "stage1": "learning representations by contrast, matching and generation",
@@ -227,9 +227,8 @@ def _outside(recipe: Recipe, init: Path | None) -> dict[str, str]:
 
 
 def _with_halves(model: ModelConfig, folder: Path) -> ModelConfig:
-    """Take the halves of this run wherever the recipe says `demo`."""
-    made = {"vision": "vision", "language": "language", "text_tokenizer": "text"}
-    update = {key: str((folder / half).resolve()) for key, half in made.items() if getattr(model, key) == DEMO}
+    """Take the halves of this run wherever the recipe names shipped ones."""
+    update = {key: str((folder / name).resolve()) for key, name in model.shipped_halves().items()}
     return model.model_copy(update=update)
 
 

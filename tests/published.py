@@ -23,9 +23,9 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from trainer.demo_world.halves import train_tokenizers
 from trainer.demo_world.language import QuestionWriter, caption
 from trainer.demo_world.scene import WIDE, random_scenes
+from trainer.demo_world.vocabulary import train_language_tokenizer, train_text_tokenizer
 
 SIDE, PATCH, QUERIES = 16, 4, 4
 VISION = {
@@ -142,7 +142,7 @@ def tokenizers(begins: str) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenize
         for scene in random_scenes(30, "train", 0, WIDE)
         for text in (caption(scene), *(f"Question: {q.text} Answer: {q.answer}" for q in writer.ask(scene, 4)))
     ]
-    language, text = train_tokenizers(texts)
+    language, text = train_language_tokenizer(texts, "decoder-only"), train_text_tokenizer(texts)
     specials = [(token, language.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
     language.backend_tokenizer.post_processor = processors.TemplateProcessing(single=begins, special_tokens=specials)
     return language, text

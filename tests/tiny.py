@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from trainer.config import ModelConfig, QFormerConfig
-from trainer.demo_world.halves import train_tokenizers
 from trainer.demo_world.language import QuestionWriter, caption
 from trainer.demo_world.scene import WIDE, random_scenes
-from trainer.towers import new_language_model, new_vision_tower
+from trainer.demo_world.vocabulary import train_language_tokenizer, train_text_tokenizer
+from trainer.new_halves import new_language_model, new_vision_tower
 
 SIDE = 16
 
@@ -23,7 +23,7 @@ def write_tiny_halves(folder: Path, *, seed: int = 0) -> ModelConfig:
         for scene in random_scenes(60, "train", seed, WIDE)
         for text in (caption(scene), *(f"Question: {q.text} Answer: {q.answer}" for q in writer.ask(scene, 4)))
     ]
-    language, text = train_tokenizers(texts)
+    language, text = train_language_tokenizer(texts, "decoder-only"), train_text_tokenizer(texts)
     new_vision_tower(image_size=SIDE, patch=4, width=32, layers=2, heads=4).save_pretrained(folder / "vision")
     stored = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.3, 0.25, 0.2], "resample": 3}
     (folder / "vision" / "preprocessor_config.json").write_text(json.dumps(stored))

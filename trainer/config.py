@@ -18,6 +18,15 @@ from runtime.settings import Settings
 
 DEMO = "demo"
 """A source that names the small frozen halves shipped in `trainer/demo_halves/`."""
+DEMO_T5 = "demo-t5"
+"""A language model that names the shipped encoder-decoder; `demo` is decoder-only."""
+DEMO_FOLDERS = {
+    ("vision", DEMO): "vision",
+    ("language", DEMO): "language",
+    ("language", DEMO_T5): "language_t5",
+    ("text", DEMO): "text",
+}
+"""Half and source → folder below `trainer/demo_halves/`."""
 
 StageName = Literal["stage1", "stage2", "caption", "vqa", "retrieval"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -85,13 +94,21 @@ class DemoHalvesConfig(Settings):
     vision_steps: PositiveInt = 2_500
     """Optimiser steps of the image encoder."""
     language_steps: PositiveInt = 4_000
-    """Optimiser steps of the language model."""
+    """Optimiser steps of the decoder-only language model."""
     note_steps: NonNegativeInt = 1_000
     """The first of them, on notes alone."""
     vision_batch_size: PositiveInt = 64
     """Pictures in a step."""
     language_batch_size: PositiveInt = 96
-    """Documents in a step."""
+    """Documents in a step of the decoder-only language model."""
+    t5_steps: PositiveInt = 7_000
+    """Optimiser steps of the encoder-decoder."""
+    t5_page_steps: NonNegativeInt = 150
+    """The first of them, on one kind of notes alone, and as many on the next, until each had its turn."""
+    t5_note_steps: NonNegativeInt = 1_000
+    """Those that follow, on notes of all kinds."""
+    t5_batch_size: PositiveInt = 48
+    """Documents in a step of the encoder-decoder."""
     vision_learning_rate: PositiveFloat = 1.5e-3
     """Peak rate of the image encoder."""
     language_learning_rate: PositiveFloat = 1e-3
@@ -113,8 +130,8 @@ class ModelConfig(Settings):
     image_norm_eps: PositiveFloat = 1e-5
     """Epsilon of the trained LayerNorm on image features (LAVIS 1e-5; a Hugging Face BLIP-2 has 1e-6)."""
     language: str | None = DEMO
-    """Frozen language model, decoder-only or encoder-decoder: a local folder or hub id, or `demo`; null: none, for
-    retrieval alone."""
+    """Frozen language model, decoder-only or encoder-decoder: a local folder or hub id, `demo` (OPT-like) or `demo-t5`
+    (T5-like); null: none, for retrieval alone."""
     text_tokenizer: str | None = DEMO
     """Tokenizer of the Q-Former's text side (a BERT folder as published), or `demo`; null: no text side."""
     qformer: QFormerConfig = QFormerConfig()
@@ -134,6 +151,15 @@ class ModelConfig(Settings):
     """Longest caption or answer (tokens) unless a request says otherwise."""
     demo_halves: DemoHalvesConfig = DemoHalvesConfig()
     """How the shipped halves were made, and whether to make them again."""
+
+    def shipped_halves(self) -> dict[str, str]:
+        """Key → folder below `trainer/demo_halves/`, of the keys that name a shipped half."""
+        named = {
+            "vision": ("vision", self.vision),
+            "language": ("language", self.language),
+            "text_tokenizer": ("text", self.text_tokenizer),
+        }
+        return {key: DEMO_FOLDERS[half] for key, half in named.items() if half in DEMO_FOLDERS}
 
     @model_validator(mode="after")
     def _one_slot(self) -> "ModelConfig":

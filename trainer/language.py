@@ -8,6 +8,7 @@ signature of their `forward` hold; nothing here asks for a name.
 import inspect
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -113,3 +114,14 @@ def continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> 
     if both[: len(read)] == read:
         return read, both[len(read) :]
     return read, list(tokenizer(spaced, add_special_tokens=False).input_ids)
+
+
+def split_caption(caption: str, rng: np.random.Generator) -> tuple[str, str]:
+    """A caption's beginning, to be read, and the rest, to be said (prefix language modelling).
+
+    The split is drawn evenly from after the first word to the caption's midpoint (the authors' description, LAVIS
+    #139; their code does not have it). A caption of one word is said whole.
+    """
+    words = caption.split()
+    split = int(rng.integers(1, len(words) // 2, endpoint=True)) if len(words) > 1 else 0
+    return " ".join(words[:split]), " ".join(words[split:])

@@ -9,6 +9,7 @@ import numpy as np
 from runtime.dataset import Row
 from runtime.text import fill_prompt, normalise_caption, normalise_question, with_history
 from trainer.blip2 import Blip2
+from trainer.language import split_caption
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,9 @@ def caption_target(model: Blip2, row: Row, rng: np.random.Generator) -> Target:
 
 
 def split_target(model: Blip2, row: Row, rng: np.random.Generator) -> Target:
-    """One of the row's captions: its beginning is read after the caption prompt, the rest is said.
-
-    The split is drawn evenly from after the first word to the caption's midpoint (the authors' description, LAVIS
-    #139; their code does not have it). A caption of one word is said whole.
-    """
-    words = normalise_caption(str(rng.choice(row.captions))).split()
-    split = int(rng.integers(1, len(words) // 2, endpoint=True)) if len(words) > 1 else 0
-    read = [model.config.caption_prompt] if model.config.caption_prompt else []
-    return Target(" ".join([*read, *words[:split]]), " ".join(words[split:]), None)
+    """One of the row's captions: its beginning is read after the caption prompt, the rest is said."""
+    beginning, rest = split_caption(normalise_caption(str(rng.choice(row.captions))), rng)
+    return Target(" ".join(filter(None, [model.config.caption_prompt, beginning])), rest, None)
 
 
 def question_target(model: Blip2, row: Row, rng: np.random.Generator) -> Target:

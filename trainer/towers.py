@@ -6,7 +6,6 @@ through the same door as CLIP and OPT do.
 
 import inspect
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +20,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    OPTConfig,
-    OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -32,13 +27,11 @@ from transformers.utils import logging as hf_logging
 
 from runtime.errors import CheckpointError, InputError, MissingFile
 from runtime.preprocess import PreprocessSettings
-from trainer.config import DEMO
+from trainer.config import DEMO_FOLDERS
 
 hf_logging.disable_progress_bar()  # a bar for a file read in milliseconds hides ours
 
 DEMO_HALVES = Path(__file__).parent / "demo_halves"
-INITIAL_EMBEDDING = 0.1
-"""Size at which token and position embeddings of a new small language model start."""
 DECODER_TOKEN = "[DEC]"
 """Begins a text that the Q-Former generates (ITG); LAVIS adds it to BERT's tokens."""
 PREPROCESSOR = "preprocessor_config.json"
@@ -132,13 +125,14 @@ def reached_by(output: Tensor) -> set[Tensor]:
 
 
 def source_folder(source: str, half: str) -> str:
-    """Folder or hub id to load from; `demo` is the shipped half named `half` ("vision", "language", "text")."""
-    if source != DEMO:
+    """Folder or hub id to load from; `demo` and `demo-t5` are shipped halves (`half`: "vision", "language", "text")."""
+    shipped = DEMO_FOLDERS.get((half, source))
+    if shipped is None:
         return source
-    folder = DEMO_HALVES / half
+    folder = DEMO_HALVES / shipped
     if not folder.is_dir():
         raise MissingFile(
-            f"{folder} is missing: the demo half {half!r} is part of the package. "
+            f"{folder} is missing: the demo half {shipped!r} is part of the package. "
             f"Reinstall qforge, or make it again with --set model.demo_halves.rebuild=true"
         )
     return str(folder)
@@ -308,59 +302,3 @@ def read_preprocess(folder: str, vision_config: Any, image_size: int | None = No
             "std": tuple(stored["image_std"]),
         }
     )
-
-
-def new_vision_tower(*, image_size: int, patch: int, width: int, layers: int, heads: int) -> CLIPVisionModel:
-    """A small CLIP-shaped vision tower with random weights."""
-    config = CLIPVisionConfig(
-        image_size=image_size,
-        patch_size=patch,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        hidden_act="gelu",
-    )
-    return CLIPVisionModel(config)
-
-
-def new_language_model(
-    *, vocabulary: int, width: int, layers: int, heads: int, positions: int, end: int, pad: int
-) -> OPTForCausalLM:
-    """A small OPT-shaped language model with random weights; like OPT it begins a text with its end token.
-
-    OPT's own start (0.02 everywhere) suits a width of 768; at 128 it leaves a model that for thousands of steps copies
-    only what stands beside. Here matrices start at 0.02 * sqrt(768 / width), what a layer adds to the residual stream
-    is scaled down by depth (GPT-2, section 2.3) so that the embeddings stay heard, and positions start as sinusoids
-    ("Attention is all you need", section 3.5), so that neighbours are alike from the start.
-    """
-    config = OPTConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        word_embed_proj_dim=width,
-        ffn_dim=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=positions,
-        dropout=0.0,
-        init_std=0.02 * math.sqrt(768 / width),
-        bos_token_id=end,
-        eos_token_id=end,
-        pad_token_id=pad,
-    )
-    model = OPTForCausalLM(config)
-    with torch.no_grad():
-        for name, weights in model.named_parameters():
-            if name.endswith(("out_proj.weight", "fc2.weight")):
-                weights.mul_((2 * layers) ** -0.5)
-        embedding = model.get_input_embeddings().weight
-        embedding.mul_(INITIAL_EMBEDDING / embedding.std())
-        embed_positions = model.model.decoder.embed_positions.weight
-        embed_positions.copy_(INITIAL_EMBEDDING * _sinusoids(len(embed_positions), width))
-    return model
-
-
-def _sinusoids(positions: int, width: int) -> Tensor:
-    """Sines, then cosines, of wavelengths from 2 pi to 20,000 pi positions: [positions, width]."""
-    angles = torch.arange(positions)[:, None] * 10_000 ** (-torch.arange(0, width, 2) / width)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -319,6 +319,13 @@ def test_rebuilt_halves_take_the_place_of_the_shipped_ones(demo: Recipe) -> None
     assert "halves" not in {step.name for step in steps_of(demo, Path("out"))}
 
 
+def test_the_halves_that_are_rebuilt_are_those_the_recipe_names() -> None:
+    recipe = load_recipe(ROOT / "recipes" / "demo-t5.yaml", ["model.demo_halves.rebuild=true"])
+    model = next(step for step in steps_of(recipe, Path("out")) if step.name == "stage1").action.args[2]
+    assert Path(model.language).parts[-3:] == ("steps", "halves", "language_t5")
+    assert Path(model.vision).name == "vision"
+
+
 def test_a_bundle_for_a_gpu_is_made_and_not_measured(demo: Recipe) -> None:
     recipe = load_recipe(ROOT / "recipes" / "demo.yaml", ["export.precisions=[bf16, fp16]"])
     steps = {step.name: step for step in steps_of(recipe, Path("out"))}

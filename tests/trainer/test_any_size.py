@@ -17,7 +17,8 @@ from transformers import (
 from runtime.errors import InputError
 from runtime.preprocess import PreprocessSettings
 from trainer.any_size import read_any_size
-from trainer.towers import VisionTower, new_vision_tower
+from trainer.new_halves import new_vision_tower
+from trainer.towers import VisionTower
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 PIXELS = {"image_size": 16, "patch_size": 4}

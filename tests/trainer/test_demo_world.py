@@ -5,6 +5,7 @@ import json
 from collections import Counter, defaultdict
 from itertools import permutations
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from runtime.scoring import question_prior
 from trainer.data_config import DemoWorldConfig
 from trainer.demo_world import scorers_for, write_demo_world
 from trainer.demo_world.draw import CLUTTER, draw
-from trainer.demo_world.halves import train_tokenizers
 from trainer.demo_world.language import (
     KIND_WEIGHTS,
     OPPOSITE,
@@ -29,6 +29,8 @@ from trainer.demo_world.language import (
     name,
 )
 from trainer.demo_world.scene import COLOURS, DEMO, Scene, Shape, random_scenes, relations, scene_from_json
+from trainer.demo_world.vocabulary import train_language_tokenizer, train_text_tokenizer
+from trainer.language import Style
 
 SPLITS = ("train", "val", "test")
 
@@ -52,9 +54,13 @@ def test_same_seed_same_bytes(world: Path, tmp_path: Path) -> None:
 def test_same_texts_same_tokenizers(scenes: dict[str, list[Scene]]) -> None:
     """Each call draws other hash seeds inside the tokenizers library, as each process does."""
     texts = [caption(scene) for scene in scenes["train"][:60]]
-    made = [[tokenizer.get_vocab() for tokenizer in train_tokenizers(texts)] for _ in range(3)]
+    styles: tuple[Style, ...] = get_args(Style)
+    made = [
+        [t.get_vocab() for t in (train_text_tokenizer(texts), *(train_language_tokenizer(texts, s) for s in styles))]
+        for _ in range(3)
+    ]
     assert made[0] == made[1] == made[2]
-    _, pieces = train_tokenizers(texts)
+    pieces = train_text_tokenizer(texts)
     assert pieces.decode(pieces("Q: is THE xylophone red?", add_special_tokens=False).input_ids) == (
         "q : is the xylophone red?"
     )

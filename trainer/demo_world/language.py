@@ -76,17 +76,19 @@ Note = tuple[str, str]
 """(what is given, what the facts decide)."""
 Passage = tuple[Note, ...]
 """Notes that follow each other."""
+PAGES = ("attributes", "measured places", "places", "numbers")
+"""Kinds of notes, in the order in which one is learned with the help of the one before."""
 
 
 def notes(scene: Scene, rng: np.random.Generator, palette: Palette) -> dict[str, list[Passage]]:
     """What the facts say about attributes, places and numbers, in few words; kinds without a note are left out."""
-    pages: dict[str, list[Passage]] = {
-        "attributes": [(note,) for note in _attributes(scene)],
-        "measured places": _measured(scene),
-        "places": [(note,) for of_pair in _places(scene).values() for note in of_pair],
-        "numbers": [(note,) for note in _numbers(scene, rng, palette)],
-    }
-    return {kind: page for kind, page in pages.items() if page}
+    pages: tuple[list[Passage], ...] = (
+        [(note,) for note in _attributes(scene)],
+        _measured(scene),
+        [(note,) for of_pair in _places(scene).values() for note in of_pair],
+        [(note,) for note in _numbers(scene, rng, palette)],
+    )
+    return {kind: page for kind, page in zip(PAGES, pages, strict=True) if page}
 
 
 def _attributes(scene: Scene) -> list[Note]:

@@ -22,7 +22,7 @@ from trainer.blip2 import Blip2, new_blip2
 from trainer.checkpoint import write_checkpoint
 from trainer.data_config import DemoWorldConfig
 from trainer.demo_world import write_demo_world
-from trainer.towers import new_vision_tower
+from trainer.new_halves import new_vision_tower
 
 SIDE, WIDTH, LAYERS = 16, 32, 4
 GAIN, CONSTANT, CHANNELS, LAYER = 40.0, 30.0, 4, 2
