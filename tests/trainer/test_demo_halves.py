@@ -148,8 +148,8 @@ def test_a_half_can_be_made_again(source: str, tmp_path: Path) -> None:
 
 
 RECORDED = {DEMO: 0.95, DEMO_T5: 0.84}
-"""Share of held-out answers that a shipped half reads off its facts. The T5-like one is of a first, short training: 0.95
-is wanted of it too, and its settings are for that already (LOG.md)."""
+"""Share of held-out answers that a shipped half reads off its facts. The T5-like one is of a first, short training:
+0.95 is wanted of it too, and its settings are for that already (LOG.md)."""
 
 
 @pytest.mark.parametrize("source", RECORDED)

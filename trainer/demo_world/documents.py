@@ -146,4 +146,5 @@ def _ids(tokenizer: PreTrainedTokenizerFast, special: bool) -> Callable[[str], l
 
 def _padded(rows: Sequence[Sequence[Number]], length: int, filler: Number) -> Tensor:
     """[N, length], cut or padded on the right."""
-    return torch.tensor([[*row[:length], *[filler] * (length - len(row))] for row in rows])
+    filled = (list(row[:length]) + [filler] * (length - len(row)) for row in rows)
+    return torch.tensor(list(filled))
