@@ -38,9 +38,9 @@ def root(recipe: Recipe) -> Path:
 
 
 def test_manifest_paths_are_those_of_the_trainer(recipe: Recipe, tmp_path: Path) -> None:
-    for data in (recipe.data, Recipe().data):
-        resolved = resolve(data, tmp_path / "data")
-        for setting, sources in sources_of(data, tmp_path).items():
+    for some in (recipe, Recipe()):
+        resolved = resolve(some.data, tmp_path / "data")
+        for setting, sources in sources_of(some, tmp_path).items():
             assert getattr(resolved, setting) == sources
 
 

@@ -26,7 +26,7 @@ USES: list[tuple[Part, Callable[[Bridge], object]]] = [
     ("contrast", lambda b: b.text_features(IDS, MASK)),
     ("contrast", lambda b: b.image_features(b.image_keys(IMAGE), 2)),
     ("matching", lambda b: b.matching_logits(b.image_keys(IMAGE), IDS, MASK)),
-    ("generation", lambda b: b.image_and_generation(b.image_keys(IMAGE), IDS, MASK)),
+    ("generation", lambda b: b.first_pass(b.image_keys(IMAGE), IDS, MASK, 1, generation=True, contrast=False)),
     ("temperature", lambda b: b.over_temperature(torch.ones(2, 2))),
     ("language", lambda b: b.prefix(IMAGE)),
 ]
