@@ -1,5 +1,6 @@
 """The chain benchmark at a thousandth of the size: everybody answers, and ratios are those of the samples."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from runtime.progress import Progress
 from trainer.data_config import DemoWorldConfig
 from trainer.demo_world import write_demo_world
 
+ROOT = Path(__file__).parents[2]
 SETTINGS = (
     "export.calibration_images=4",
     "export.verification_images=4",
@@ -45,6 +47,16 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         )
         assert 0 < result["fresh_process"][name]["peak_of_eager"] < 1
     assert (tmp_path / "work" / "bundle-int8").is_dir(), "kept for a second run"
+
+
+def test_the_committed_result_holds_what_is_promised() -> None:
+    result = json.loads((ROOT / "benchmarks/results/cpu-chain.json").read_text())
+    faster = {case: of_case["int8-int4 openvino"]["times_faster_than"] for case, of_case in result["cases"].items()}
+    assert faster["caption"]["eager-fp32"]["value"] >= 6
+    assert min(faster["caption"][peer]["value"] for peer in ("eager-bf16", "compiled-bf16")) >= 2.5
+    assert faster["second_question"]["eager-fp32"]["value"] >= 10
+    assert result["fresh_process"]["int8 ort"]["peak_of_eager"] <= 0.4
+    assert result["fresh_process"]["int8 ort"]["ready_ms"] < 1500
 
 
 def test_reading_more_takes_longer() -> None:
