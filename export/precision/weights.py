@@ -79,7 +79,7 @@ def _best_ranges(model: onnx.ModelProto, bits: int, block: int) -> dict[str, npt
         if tensor.dims[0] % block:
             continue  # onnxruntime fills the last block up
         whole_KN, scale = _narrowed(numpy_helper.to_array(tensor), bits, block)
-        found[f"{name}_Q{bits}"] = _packed(whole_KN, bits, block)
+        found[f"{name}_Q{bits}"] = _packed(whole_KN, block)
         found[f"{name}_scales"] = np.ascontiguousarray(scale.T)
     return found
 
@@ -91,12 +91,11 @@ def _multiplied(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     return {name: stored[name] for name in products & stored.keys() if len(stored[name].dims) == 2}
 
 
-def _packed(whole_KN: npt.NDArray[Any], bits: int, block: int) -> npt.NDArray[np.uint8]:
-    """[N, K / block, bytes] as MatMulNBits stores it: from 0, the first of two in the lower half of a byte."""
+def _packed(whole_KN: npt.NDArray[Any], block: int) -> npt.NDArray[np.uint8]:
+    """[N, K / block, bytes] as MatMulNBits stores 4 bits: from 0, the first of two in the lower half of a byte."""
     rows, columns = whole_KN.shape
-    values = (whole_KN.T.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8).reshape(columns, rows // block, block)
-    stored: npt.NDArray[np.uint8] = values[..., ::2] | values[..., 1::2] << 4 if bits == 4 else values
-    return stored
+    values = (whole_KN.T.astype(np.int8) + 8).astype(np.uint8).reshape(columns, rows // block, block)
+    return np.bitwise_or(values[..., ::2], np.left_shift(values[..., 1::2], 4), dtype=np.uint8)
 
 
 def _nbits_block(model: onnx.ModelProto, bits: int) -> int:

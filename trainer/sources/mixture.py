@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from runtime.dataset import Row
 from runtime.errors import DataError
 from trainer.sources.cache import cached_folder
 from trainer.sources.convert import as_manifest, left_out
-from trainer.sources.rows import SMALL_BYTES, ManifestRows, Places, Purpose
+from trainer.sources.rows import SMALL_BYTES, ManifestRows, Places, Purpose, RowSequence
 from trainer.sources.source import Source
 
 
@@ -28,7 +27,7 @@ class Part:
     """Entries of the data set that could not be used, whatever its rows."""
 
 
-class MixedRows(Sequence[Row]):
+class MixedRows(RowSequence):
     """The rows of all parts, one part after the other."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -38,19 +37,13 @@ class MixedRows(Sequence[Row]):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
+    def at(self, place: int) -> Row:
+        """The row at `place` of all parts."""
         part = bisect_right(self._ends, place)
         return self.parts[part].rows[place - (self._ends[part - 1] if part else 0)]
 
 
-class ChosenRows(Sequence[Row]):
+class ChosenRows(RowSequence):
     """Some rows of another sequence."""
 
     def __init__(self, rows: Sequence[Row], places: Places) -> None:
@@ -59,14 +52,9 @@ class ChosenRows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._places)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self._rows[int(self._places[index])]
+    def at(self, place: int) -> Row:
+        """The row that is chosen at `place`."""
+        return self._rows[int(self._places[place])]
 
 
 def open_rows(sources: Sequence[Source], purpose: Purpose | None = None) -> MixedRows:

@@ -6,6 +6,7 @@ indexed anew each time; a longer one once, in the user's cache.
 
 import json
 import os
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,23 @@ Purpose = Literal["captions", "questions"]
 """What rows are read for: their captions, or their questions with answers (conversations too)."""
 
 
-class ManifestRows(Sequence[Row]):
+class RowSequence(Sequence[Row]):
+    """A sequence that knows its length and the row at a place; places below 0 and slices are those of a list."""
+
+    @abstractmethod
+    def at(self, place: int) -> Row:
+        """The row at a place from 0 on, below the length."""
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        places = range(len(self))[index]  # IndexError beyond
+        return self.at(places) if isinstance(places, int) else [self.at(place) for place in places]
+
+
+class ManifestRows(RowSequence):
     """Rows of a manifest; one that is wrong or has not what it is read for raises DataError when it is asked for.
 
     Raises:
@@ -56,14 +73,8 @@ class ManifestRows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._starts)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]  # negative ones count from the end; IndexError beyond
+    def at(self, place: int) -> Row:
+        """The row of the line at `place`, parsed now."""
         start = int(self._starts[place])
         try:
             return self._fit(parse_row(self._text(place), f"{self.path}:?", self.path.parent))
