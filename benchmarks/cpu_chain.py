@@ -13,7 +13,7 @@ import gc
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,8 +48,6 @@ PEERS = {
     "compiled-bf16": (torch.bfloat16, True),
 }
 EAGER = "eager-fp32"
-FLOORS = 7
-"""Times that memory is measured, in turn: what it gives moves by half within a minute on a shared machine."""
 CASES = {
     "caption": (1, TOKENS),
     "first_token": (1, 1),
@@ -117,9 +115,15 @@ def _qforge(*words: str) -> None:
 
 
 def measure(
-    contestants: dict[str, dict[str, Contestant]], images: Sequence[Path], rounds: int
+    contestants: dict[str, dict[str, Contestant]],
+    images: Sequence[Path],
+    rounds: int,
+    between: Callable[[str], None] = lambda _case: None,
 ) -> dict[str, dict[str, list[float]]]:
-    """Case → name → milliseconds of every round; one more round before them warms up and is not kept."""
+    """Case → name → milliseconds of every round; one more round before them warms up and is not kept.
+
+    `between` is called with the case after each round that is kept.
+    """
     taken: dict[str, dict[str, list[float]]] = {}
     for case, (count, tokens) in CASES.items():
         names = list(contestants[case])
@@ -141,10 +145,32 @@ def measure(
                     raise AssertionError(f"{name}: expected {tokens} tokens each, found {list(map(len, said))}")
                 if number:
                     taken[case][name].append(taken_ms)
+            if number:
+                between(case)
     return taken
 
 
-def summarise(taken: dict[str, dict[str, list[float]]], ours: dict[str, tuple[Path, str]]) -> dict[str, Any]:
+class Floors:
+    """What it takes to read each bundle's language weights once, measured between the rounds that say tokens.
+
+    What memory gives moves by half within a minute on a shared machine.
+    """
+
+    def __init__(self, ours: dict[str, tuple[Path, str]]) -> None:
+        self.weight_bytes = {
+            name: read_bundle(path, check_hashes=False).manifest.graphs["language"].bytes
+            for name, (path, _) in ours.items()
+        }
+        self.samples_ms: dict[int, list[float]] = {nbytes: [] for nbytes in self.weight_bytes.values()}
+
+    def between(self, case: str) -> None:
+        """Measure once more, in the cases that a token's time is made of."""
+        if case in ("caption", "first_token"):
+            for nbytes, samples_ms in self.samples_ms.items():
+                samples_ms.append(reading_ms(nbytes, THREADS))
+
+
+def summarise(taken: dict[str, dict[str, list[float]]], ours: Collection[str], floors: Floors) -> dict[str, Any]:
     """What the samples say: medians, ratios to each peer with their intervals, and the distance to memory's floor."""
     found: dict[str, Any] = {"cases": {}, "per_token": {}}
     for case, of_case in taken.items():
@@ -160,22 +186,14 @@ def summarise(taken: dict[str, dict[str, list[float]]], ours: dict[str, tuple[Pa
             }
             for name, samples in of_case.items()
         }
-    sizes = {
-        name: read_bundle(path, check_hashes=False).manifest.graphs["language"].bytes
-        for name, (path, _) in ours.items()
-    }
-    floors: dict[int, list[float]] = {nbytes: [] for nbytes in sizes.values()}
-    for _ in range(FLOORS):
-        for nbytes, samples in floors.items():
-            samples.append(reading_ms(nbytes, THREADS))
     for name in taken["caption"]:
         pairs = zip(taken["caption"][name], taken["first_token"][name], strict=True)
         per_token_ms = percentile([(whole - first) / (TOKENS - 1) for whole, first in pairs], 50)
         found["per_token"][name] = {"ms": round(per_token_ms, 3)}
         if name in ours:
-            samples = floors[sizes[name]]
+            samples = floors.samples_ms[floors.weight_bytes[name]]
             found["per_token"][name] |= {
-                "weight_bytes": sizes[name],
+                "weight_bytes": floors.weight_bytes[name],
                 "floor_samples_ms": [round(sample, 3) for sample in samples],
                 "of_floor": round(per_token_ms / percentile(samples, 50), 2),
             }
@@ -213,15 +231,15 @@ def run(
     plain: dict[str, Contestant] = {name: BundlePeer(*way, 0) for name, way in ours.items()}
     remember: dict[str, Contestant] = {name: BundlePeer(*way, 64 << 20) for name, way in ours.items()}
     contestants = {case: peers | (remember if case == "second_question" else plain) for case in CASES}
-    before = cpu_seconds()
-    taken = measure(contestants, images, rounds)
+    floors, before = Floors(ours), cpu_seconds()
+    taken = measure(contestants, images, rounds, floors.between)
     after = cpu_seconds()
     others = (after[0] - before[0] - (after[1] - before[1])) / (after[0] - before[0])
     return {
         "what": f"BLIP-2 ({size}), random weights, from image file to text",
         "command": "python -m benchmarks.cpu_chain --work DIR --data FILE --out FILE",
         "settings": {"threads": THREADS, "tokens": TOKENS, "batch": BATCH, "rounds": rounds, "export": list(settings)},
-        **summarise(taken, ours),
+        **summarise(taken, ours, floors),
         "fresh_process": fresh,
         "cpu_share_of_others": round(others, 4),
         "machine": describe_machine(),
