@@ -58,13 +58,13 @@ def test_arms_differ_in_one_thing_and_a_second_call_trains_nothing(work: Path, s
     assert said == ["data", *["train", "evaluate"] * 2, *["train", "evaluate"] * 2]
     with_itg, without = (result["itg"]["runs"][arm][0] for arm in ("itc+itm+itg", "itc+itm"))
     assert {"itc_text_to_image_r1", "itm_image_to_text_r1"} <= set(with_itg["test"]["metrics"])
-    assert with_itg["overrides"] == []
-    assert without["overrides"] == ["stage1.itg_weight=0"]
+    assert without["overrides"] == [*with_itg["overrides"], "stage1.itg_weight=0"]
     assert with_itg["test"]["n"] == without["test"]["n"] == 8
     assert [entry["step"] for entry in with_itg["held_out"]["stage1"]] == [2]
     assert result["itg"]["means"]["itc+itm"] == without["test"]["metrics"]
     assert result["itg"]["settings"] == list(SMALL)
     demo, untrained = (result["stage1"]["runs"][arm][0] for arm in ("with stage 1", "without stage 1"))
+    assert demo["overrides"] == untrained["overrides"] == []
     assert {"stage1", "stage2"} == set(demo["held_out"])
     assert set(untrained["held_out"]) == {"stage2"}
     assert demo["test"]["settings"]["task"] == "caption"
@@ -95,7 +95,8 @@ def test_without_stage_1_training_begins_with_the_weights_that_stage_1_begins_wi
 def test_every_question_compares_the_demo_with_one_other_training() -> None:
     for question in QUESTIONS.values():
         demo, *others = question.arms().values()
-        assert demo == Arm()
+        assert demo == Arm(question.common)
         assert len({arm.folder(0) for arm in (demo, *others)}) == 1 + len(others)
         for arm in others:
-            assert len(arm.overrides) + arm.skips_stage1 == 1
+            assert arm.overrides[: len(question.common)] == question.common
+            assert len(arm.overrides) + arm.skips_stage1 == len(question.common) + 1
