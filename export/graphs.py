@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
-from export.language_modules import DecoderGraph, EmbedGraph, EncoderGraph, LanguageGraph
+from export.language_modules import DecoderGraph, EmbedGraph, EncoderGraph, LanguageGraph, ignores_hidden_past
+from runtime.encoder_decoder import SAID_MASK
 from runtime.errors import InputError
 from runtime.image_encoder import FUSED
 from trainer.blip2 import Blip2
@@ -193,14 +194,18 @@ def _encoder(model: Blip2) -> Graph:
 def _decoder(model: Blip2) -> Graph:
     own, cross = _caches(model)
     past = _cache_inputs("past", own, PAST, "past")
+    masks_past = ignores_hidden_past(model.language_model)
+    said_mask = InputPlan(torch.ones(BATCH, PAST + 1, dtype=torch.long), {0: "batch", 1: "past + 1"})
     inputs = {
         "inputs_embeds": InputPlan(torch.zeros(BATCH, 1, _width(model)), {0: "batch"}),  # one token a step, always
         "attention_mask": _read_mask(),
+        **({SAID_MASK: said_mask} if masks_past else {}),
         **past,
         **_cache_inputs("cross", cross, READ, "read"),
     }
     present: dict[str, Axes] = {_present(name): {0: "batch", 2: "past + 1"} for name in past}
-    return Graph("decoder", DecoderGraph(model.language_model).eval(), inputs, {"logits": {0: "batch"}, **present})
+    module = DecoderGraph(model.language_model, masks_past=masks_past).eval()
+    return Graph("decoder", module, inputs, {"logits": {0: "batch"}, **present})
 
 
 def _width(model: Blip2) -> int:

@@ -14,6 +14,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from trainer.language import takes
 
+SAME = 1e-3
+"""Logits that differ by no more of their standard deviation are the same, rounded elsewhere."""
+
 
 class EmbedGraph(nn.Module):
     """The language model's own token embedding."""
@@ -82,25 +85,53 @@ class EncoderGraph(nn.Module):
 class DecoderGraph(nn.Module):
     """One step of an encoder-decoder's decoder; its own cache grows, the cross-attention's stays."""
 
-    def __init__(self, language_model: PreTrainedModel) -> None:
+    def __init__(self, language_model: PreTrainedModel, *, masks_past: bool) -> None:
+        """`masks_past`: it is told which cached positions hold something; only where `ignores_hidden_past` is true."""
         super().__init__()
-        self.language_model = language_model
+        self.language_model, self.masks_past = language_model, masks_past
 
-    def forward(self, embeds_B1D: Tensor, mask_BR: Tensor, *cached: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, embeds_B1D: Tensor, mask_BR: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """Logits [B, V], then present keys and values [B, h, P + 1, d].
 
-        `cached` holds the decoder's own past [B, h, P, d] and then the cross-attention's tensors [B, h, R, d].
+        `rest` holds the mask of what was said [B, P + 1] where it has one, the decoder's own past [B, h, P, d] and then
+        the cross-attention's tensors [B, h, R, d].
         """
+        mask_BL, cached = (rest[0], rest[1:]) if self.masks_past else (None, rest)
         half = len(cached) // 2
         result = self.language_model(
             # Keys and values of what was read are cached, so of the encoder's output only the length is looked at.
             encoder_outputs=BaseModelOutput(last_hidden_state=mask_BR[:, :, None].to(embeds_B1D.dtype)),
             attention_mask=mask_BR,
+            decoder_attention_mask=mask_BL,
             decoder_inputs_embeds=embeds_B1D,
             past_key_values=EncoderDecoderCache(_filled(cached[:half]), _filled(cached[half:])),
             use_cache=True,
         )
         return (result.logits[:, -1], *_tensors(result.past_key_values.self_attention_cache))
+
+
+@torch.no_grad()
+def ignores_hidden_past(language_model: PreTrainedModel) -> bool:
+    """Whether an encoder-decoder says the same behind positions that are hidden from it.
+
+    It does where positions are told by their distance (T5), and not where they are counted from the beginning of the
+    cache (BART): rows that have said more and less than each other can share a batch in the first kind alone.
+    """
+    width = language_model.get_input_embeddings().embedding_dim
+    draw, like = torch.Generator().manual_seed(0), next(language_model.parameters())
+    read_1RD, said_1SD = (torch.randn(1, length, width, generator=draw).to(like) for length in (4, 3))
+    hidden = 2
+    behind_1SD = torch.cat([torch.zeros_like(said_1SD[:, :hidden]), said_1SD], dim=1)
+    mask_1S = torch.tensor([[0] * hidden + [1] * said_1SD.shape[1]], device=like.device)
+
+    def logits(embeds_1SD: Tensor, mask_1S: Tensor | None) -> Tensor:
+        read = BaseModelOutput(last_hidden_state=read_1RD)
+        given = {"decoder_inputs_embeds": embeds_1SD, "decoder_attention_mask": mask_1S}
+        said: Tensor = language_model(encoder_outputs=read, **given).logits[:, -1].float()
+        return said
+
+    alone, behind = logits(said_1SD, None), logits(behind_1SD, mask_1S)
+    return bool((alone - behind).abs().max() <= SAME * alone.std())
 
 
 def _filled(tensors: tuple[Tensor, ...]) -> DynamicCache:

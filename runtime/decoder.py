@@ -126,10 +126,7 @@ class DecoderSteps:
     def join(self, other: "DecoderSteps") -> None:
         """Rows end at the same position; the shorter ones are padded on their left, as prompts are."""
         self._cache.join(other._cache, right=True)
-        masks = (self._mask_BS, other._mask_BS)
-        length = max(mask_BS.shape[1] for mask_BS in masks)
-        padded = [np.pad(mask_BS, ((0, 0), (length - mask_BS.shape[1], 0))) for mask_BS in masks]
-        self._mask_BS = np.concatenate(padded)
+        self._mask_BS = stacked(self._mask_BS, other._mask_BS, right=True)
 
 
 def embedded(embed: Engine, ids_BT: Ids) -> Floats:
@@ -141,3 +138,13 @@ def embedded(embed: Engine, ids_BT: Ids) -> Floats:
 def is_all(rows_B: Ids, count: int) -> bool:
     """Whether these are all rows, in their order."""
     return np.array_equal(rows_B, np.arange(count))
+
+
+def stacked(one_BS: Ids, other_BS: Ids, *, right: bool) -> Ids:
+    """The rows of both masks, the shorter with zeros in front where `right` aligns ends, else behind."""
+    length = max(one_BS.shape[1], other_BS.shape[1])
+    missing = [length - mask_BS.shape[1] for mask_BS in (one_BS, other_BS)]
+    pads = [(few, 0) if right else (0, few) for few in missing]
+    return np.concatenate(
+        [np.pad(mask_BS, ((0, 0), pad)) for mask_BS, pad in zip((one_BS, other_BS), pads, strict=True)]
+    )

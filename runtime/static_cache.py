@@ -23,7 +23,7 @@ from runtime.backends.host import HostEngine
 from runtime.closing import Closing
 from runtime.decoder import Decoder, embedded
 from runtime.decoding.task import Floats, Ids
-from runtime.encoder_decoder import EncoderDecoder
+from runtime.encoder_decoder import SAID_MASK, EncoderDecoder
 from runtime.manifest import Generation, Limits
 from runtime.precision import carried
 
@@ -266,7 +266,9 @@ class PortableFace(Closing, HostEngine):
         return self._engine.outputs()
 
     def compute(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        """One run from the cached positions that `feeds` holds."""
+        """One run from the cached positions that `feeds` holds; ValueError for rows that have said unequally much."""
+        if SAID_MASK in feeds and not feeds[SAID_MASK].all():
+            raise ValueError(f"{SAID_MASK}: a decoder of fixed size runs rows that have said equally much")
         batch, new, _ = feeds["inputs_embeds"].shape
         past = feeds["past_key_0"].shape[2]
         static: Arrays = {"inputs_embeds": feeds["inputs_embeds"]}

@@ -96,7 +96,7 @@ def new_model(name: str, vocabulary: int) -> PreTrainedModel:
         return T5ForConditionalGeneration(T5Config(**t5, **ids, num_decoder_layers=1, decoder_start_token_id=1))
     gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
     model = T5ForConditionalGeneration(T5Config(**t5, **ids, **gated, decoder_start_token_id=1))
-    model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))  # a head of its own
+    model.lm_head.weight = torch.nn.Parameter(model.shared.weight.detach().clone())  # a head of its own
     return model
 
 

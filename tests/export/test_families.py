@@ -80,6 +80,32 @@ def test_logits_of_every_step_equal_one_uncached_pass(name: str, family, asked: 
     np.testing.assert_allclose(np.stack(seen), logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_that_have_said_more_and_less_share_a_batch(name: str, family) -> None:
+    """The exported graph hides the pads between them: scores are those of each alone."""
+    made, rng = family(name), np.random.default_rng(0)
+    manifest = made.bundle.manifest.model
+    prefix_BQD = rng.normal(size=(2, manifest.queries, manifest.language_width)).astype(np.float32)
+    prompts = [made.model.tokenizer(text).input_ids for text in ("what is left", "a")]
+    with Pipeline(made.bundle, device=Device(threads=1), cache_bytes=0) as opened:
+        decoder = opened._decoder
+
+        def started(row: int):
+            return decoder.start(prefix_BQD[row : row + 1], prompts[row : row + 1], 8)[1]
+
+        alone, together = [started(0), started(1)], [started(0), started(1)]
+        for steps in (alone[0], together[0]):
+            for token in (5, 6, 7):
+                steps.step(np.array([token]))
+        assert together[0].can_join(together[1])
+        together[0].join(together[1])
+        for ids in ((8, 5), (9, 6)):
+            expected_BV = np.concatenate(
+                [steps.step(np.array([token])) for steps, token in zip(alone, ids, strict=True)]
+            )
+            np.testing.assert_allclose(together[0].step(np.array(ids)), expected_BV, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ENCODER_DECODERS])
 def test_what_was_read_before_is_not_read_again(name: str, family, images: list[Path], monkeypatch) -> None:
     """Turns about one image, most beginning with one before: the graph begins behind what it knows."""

@@ -149,6 +149,19 @@ def test_only_empty_prompts():
     assert found == [recomputed(*graphs, row, [], 5) for row in prefix_BQD]
 
 
+def test_rows_of_a_graph_without_a_mask_over_what_was_said_join_at_equal_steps_only():
+    """Its positions count from the beginning of the cache, so a pad there would be another beginning."""
+    *_, speaker = tiny()
+    prefix_BQD = prefixes(2)
+    (_, ahead), (_, behind) = (speaker.start(prefix_BQD[row : row + 1], [[3]], 6) for row in (0, 1))
+    assert ahead.can_join(behind)
+    for _ in range(2):
+        ahead.step(np.array([4]))
+    assert not ahead.can_join(behind)
+    with pytest.raises(ValueError, match="have said 3 tokens cannot share a batch with rows that have said 1"):
+        ahead.join(behind)
+
+
 def test_limits():
     *_, speaker = tiny()
     assert speaker.generate(prefixes(1), [[3] * 9], 20, Stopwatch())  # 3 + 9 = 12 are read; 20 more are said

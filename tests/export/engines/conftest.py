@@ -17,6 +17,7 @@ from export.graphs import Arrays, Graph, graphs_of
 from export.precision.plan import write_precision, writers_for
 from export.trace import describe, trace
 from runtime.bundle import Bundle, read_bundle, write_manifest
+from runtime.encoder_decoder import SAID_MASK
 from runtime.precision import LanguagePrecision, Precision
 from runtime.reference import REFERENCE, read_reference
 from runtime.speaker import LANGUAGE_GRAPHS
@@ -113,8 +114,9 @@ def spoken(encoder: Graph, decoder: Graph) -> dict[str, list[Arrays]]:
         if name.startswith("past_")
     }
     steps = list[Arrays]()
-    for _ in range(2):
-        steps.append({"inputs_embeds": embeds(1), "attention_mask": mask, **past, **cross})
+    for before in range(2):
+        said_mask = {SAID_MASK: np.ones((2, before + 1), np.int64)}
+        steps.append({"inputs_embeds": embeds(1), "attention_mask": mask, **said_mask, **past, **cross})
         said = decoder.run_eager(steps[-1])
         past = {name: said[name.replace("past_", "present_")] for name in past}
     return {"encoder": [read], "decoder": steps}

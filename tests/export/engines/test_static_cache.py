@@ -22,6 +22,7 @@ from export.graphs import Arrays, Graph, graphs_of
 from export.static_cache import require_static, static_graph
 from export.static_verify import judge_static, write_static
 from runtime.bundle import Bundle
+from runtime.encoder_decoder import SAID_MASK
 from runtime.engine_manifest import EngineOptions
 from runtime.errors import InputError
 from runtime.precision import LanguagePrecision
@@ -73,6 +74,8 @@ def cases_of(graph: Graph) -> list[GraphCase]:
         mask[1, :HIDDEN] = 0
         embeds = rng.normal(size=(ROWS, new, width)).astype(np.float32)
         feeds: Arrays = {"inputs_embeds": embeds, "attention_mask": mask, **past, **fixed}
+        if SAID_MASK in shapes:
+            feeds[SAID_MASK] = np.ones((ROWS, seen), np.int64)
         outputs = graph.run_eager(feeds)
         past = {name: outputs[name.replace("past_", "present_")] for name in past}
         kept = {"logits": outputs["logits"]} if decoder_only else outputs  # pads' cache entries are nobody's to compare

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from runtime.batching.job import Job
+from runtime.decoder import DecoderSteps
 from runtime.decoding import GREEDY, Decoding
 from runtime.decoding.task import Floats, Ids, Steps
+from runtime.encoder_decoder import EncoderDecoderSteps
 from runtime.errors import InputError, PipelineClosed
 from tests.runtime.batching.workshop import WAIT_S, Workshop
 from tests.runtime.decoding.family import NEW_TOKENS
@@ -120,13 +122,25 @@ def test_rows_join_and_leave_between_steps(workshop: Open) -> None:
     assert first.wait() == shop.alone(early)
     assert second.wait() == shop.alone(late, Decoding(num_beams=3))
     steps = gate.rows[: 2 * NEW_TOKENS + 2]
-    if shop.family.reads_first:  # rows that said unequally much take turns
-        assert steps[:4] == [1] * 4 and {*steps[4:]} == {1, 3}
-        assert steps[6:12] == [3, 1] * 3 or steps[6:12] == [1, 3] * 3
-    else:
-        assert steps[:5] == [1] * 5, "four tokens, and the one that was held"
-        assert steps[5] == 4, "joined before the next"
-        assert 3 in steps[6:], "the first left while the other went on"
+    assert steps[:5] == [1] * 5, "four tokens, and the one that was held"
+    assert steps[5] == 4, "joined before the next"
+    assert 3 in steps[6:], "the first left while the other went on"
+
+
+def test_rows_that_cannot_share_a_run_take_turns(workshop: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    for steps in (DecoderSteps, EncoderDecoderSteps):
+        monkeypatch.setattr(steps, "can_join", lambda *_: False)
+    shop = workshop()
+    early, late = shop.long_rows(2)
+    gate = Gate(shop)
+    first = held(shop, gate, early)
+    second = shop.ask(late, Decoding(num_beams=3))
+    gate.go_on.set()
+    assert first.wait() == shop.alone(early)
+    assert second.wait() == shop.alone(late, Decoding(num_beams=3))
+    assert {*gate.rows} == {1, 3}
+    turns = gate.rows[gate.rows.index(3) :][:4]
+    assert turns in ([3, 1, 3, 1], [1, 3, 1, 3])
 
 
 def test_a_long_row_of_joiners_needs_no_more_positions_than_each_alone(workshop: Open) -> None:
@@ -290,8 +304,7 @@ def test_a_failing_step_costs_the_youngest(workshop: Open) -> None:
     gate.fails = lambda count: MemoryError("three rows") if count > 2 else None
     second, third, fourth = (shop.ask(row) for row in rows[1:])
     gate.go_on.set()
-    dropped = [third, fourth] if not shop.family.reads_first else [fourth]  # there the first runs by itself
-    for job in dropped:
+    for job in (third, fourth):
         with pytest.raises(MemoryError, match="three rows"):
             job.wait()
     assert (first.wait(), second.wait()) == (shop.alone(rows[0]), shop.alone(rows[1]))

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from export.language_modules import DecoderGraph, EmbedGraph, EncoderGraph, LanguageGraph
+from export.language_modules import DecoderGraph, EmbedGraph, EncoderGraph, LanguageGraph, ignores_hidden_past
 from runtime.backends.host import HostEngine
 from runtime.decoder import Decoder
 from runtime.decoding import GREEDY, Decoding
 from runtime.decoding.stop_strings import StopStrings
 from runtime.decoding.task import Floats
 from runtime.decoding.text_decoder import TextDecoder
-from runtime.encoder_decoder import EncoderDecoder
+from runtime.encoder_decoder import SAID_MASK, EncoderDecoder
 from runtime.manifest import Generation, Limits
 from runtime.stopwatch import Stopwatch
 from runtime.tokenizer import TextTokenizer
@@ -143,5 +143,8 @@ def _decoder(model: PreTrainedModel, ends: tuple[int, ...]) -> TextDecoder:
     read = {"inputs_embeds": ("B", "S", WIDTH), "attention_mask": ("B", "S")}
     encoder = Module(EncoderGraph(model), read, ["encoder_hidden", *cross])
     seen = {name: ("B", HEADS, "S", head_width) for name in cross}
-    inputs = {"inputs_embeds": ("B", 1, WIDTH), "attention_mask": ("B", "S"), **past, **seen}
-    return EncoderDecoder(embed, encoder, Module(DecoderGraph(model), inputs, ["logits", *present]), generation, limits)
+    masks_past = ignores_hidden_past(model)
+    masks = {"attention_mask": ("B", "S")} | ({SAID_MASK: ("B", "P+1")} if masks_past else {})
+    inputs = {"inputs_embeds": ("B", 1, WIDTH), **masks, **past, **seen}
+    decoder = Module(DecoderGraph(model, masks_past=masks_past), inputs, ["logits", *present])
+    return EncoderDecoder(embed, encoder, decoder, generation, limits)
