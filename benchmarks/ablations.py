@@ -85,6 +85,14 @@ QUESTIONS: dict[str, Question] = {
         demo="with stage 1",
         others={"without stage 1": Arm(skips_stage1=True)},
     ),
+    "stage1-first": Question(
+        asks="The same where stage 1 is the longer, as in the paper (250,000 steps and 80,000)",
+        stage="stage2",
+        task="caption",
+        demo="with stage 1",
+        others={"without stage 1": Arm(skips_stage1=True)},
+        common=("stage1.steps=300", "stage2.steps=100"),
+    ),
     "queries": Question(
         asks="What do 16 queries cost against the published 32? Answers of the whole demo",
         stage="vqa",
@@ -116,7 +124,7 @@ class Laboratory:
         """Train the arm and score it on the test split; everything that was measured on the way, too."""
         out = self.work / "runs" / arm.folder(seed)
         overrides = [f"data.root={self.world}", f"seed={seed}", *arm.overrides, *self.overrides]
-        begin = ["--init", str(self._untrained(seed))] if arm.skips_stage1 else []
+        begin = ["--init", str(self._untrained(arm, seed))] if arm.skips_stage1 else []
         done = qforge("train", str(RECIPE), "--out", str(out), "--stage", question.stage, *begin, *setting(overrides))
         metrics = [_read(path) for path in sorted(out.rglob("metrics.json"))]
         return {
@@ -127,10 +135,10 @@ class Laboratory:
             "test": self._score(Path(done["checkpoint"]), question.task),
         }
 
-    def _untrained(self, seed: int) -> Path:
-        """A checkpoint with the bridge that stage 1 begins with, of the model that the demo's own run has."""
-        folder = self.work / "untrained" / f"seed-{seed}"
-        recipe = (self.work / "runs" / Arm().folder(seed) / "recipe.yaml").read_text()
+    def _untrained(self, arm: Arm, seed: int) -> Path:
+        """A checkpoint with the bridge that stage 1 begins with in the arm's twin that has it, which is trained."""
+        twin = replace(arm, skips_stage1=False).folder(seed)
+        folder, recipe = self.work / "untrained" / twin, (self.work / "runs" / twin / "recipe.yaml").read_text()
         if not folder.is_dir():
             torch.manual_seed(seed)
             model = new_blip2(ModelConfig.model_validate(yaml.safe_load(recipe)["model"]), question_conditioned=False)

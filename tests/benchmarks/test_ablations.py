@@ -80,7 +80,7 @@ def test_arms_differ_in_one_thing_and_a_second_call_trains_nothing(work: Path, s
 
 def test_without_stage_1_training_begins_with_the_weights_that_stage_1_begins_with(work: Path, said: list[str]) -> None:
     answer(work, "stage1")
-    folder = work / "untrained" / "seed-3"
+    folder = work / "untrained" / Arm().folder(3)
     torch.manual_seed(3)
     fresh = new_blip2(read_config(folder).model, question_conditioned=False)
     begun = weights(folder)
