@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from runtime.errors import CheckpointError, InputError
 from runtime.files import scratch_file
 from runtime.settings import changed
+from trainer.stage_config import deciding
 
 FILE = "resume.pt"
 
@@ -55,7 +56,7 @@ class ResumePoints:
     def __init__(
         self, folder: Path, parts: Mapping[str, Stateful], settings: Mapping[str, Any], *, writes: bool
     ) -> None:
-        """`parts` by name; `settings` decide the result; the process that `writes` is the first of several."""
+        """`parts` by name; `settings` by section, which say what is trained; the process that `writes` is the first."""
         self.path = folder / FILE
         self._parts, self._settings, self._writes = parts, settings, writes
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="resume-point")
@@ -106,7 +107,7 @@ class ResumePoints:
             step, history, settings = int(state["step"]), list(state["history"]), state["settings"]
         except (RuntimeError, KeyError, ValueError, EOFError) as error:
             raise CheckpointError(f"{self.path} is damaged or of another version ({error}); {again}") from error
-        if differences := changed(settings, self._settings):
+        if differences := changed(deciding(settings), deciding(self._settings)):
             raise InputError(
                 f"{self.path} has {step:,} steps of training with other settings: {'; '.join(differences)}. Nothing "
                 f"is lost: set it back to go on from there, choose another --out, or {again}"

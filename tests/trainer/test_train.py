@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runtime.errors import CheckpointError, DataError
+from runtime.errors import CheckpointError, DataError, InputError
 from runtime.files import sha256_of
 from runtime.progress import Progress
 from trainer import plans, train
@@ -19,6 +19,7 @@ from trainer.config import STAGES, ModelConfig, StageName
 from trainer.data import FeatureStore, ResolvedData, resolve
 from trainer.data_config import DataConfig
 from trainer.guard import TrainingFailed
+from trainer.logs.journal import read_journal
 from trainer.optimiser import learning_rate, make_optimiser
 from trainer.order import rows_at
 from trainer.ranks import Ranks
@@ -86,6 +87,29 @@ def test_resumed_equals_uninterrupted(stage, changes, model_config, data, tmp_pa
     assert sha256_of(cut / "model.safetensors") == sha256_of(whole / "model.safetensors")
     assert json.loads((cut / "metrics.json").read_text()) == json.loads((whole / "metrics.json").read_text())
     assert not (tmp_path / ".cut.partial").exists()
+
+
+def test_a_run_goes_on_with_other_settings_of_the_log(model_config, data, tmp_path, monkeypatch) -> None:
+    """And to the same bits; with measurements at other steps it does not go on."""
+    whole = run("stage1", model_config, data, tmp_path / "whole")
+    step = Stepper.step
+
+    def dying(self, number, indices, draws):
+        if number == 3:
+            raise Killed
+        return step(self, number, indices, draws)
+
+    monkeypatch.setattr(Stepper, "step", dying)
+    with pytest.raises(Killed):
+        run("stage1", model_config, data, tmp_path / "cut")
+    monkeypatch.setattr(Stepper, "step", step)
+    with pytest.raises(InputError, match=r"other settings: stage1\.eval_every was 3, is now 2\. "):
+        run("stage1", model_config, data, tmp_path / "cut", eval_every=2, log_every=1)
+    cut = run("stage1", model_config, data, tmp_path / "cut", log_every=1, save_every=1, tensorboard=True)
+    assert sha256_of(cut / "model.safetensors") == sha256_of(whole / "model.safetensors")
+    assert json.loads((cut / "metrics.json").read_text()) == json.loads((whole / "metrics.json").read_text())
+    logged = [record["step"] for record in read_journal(cut / "training.jsonl") if record["kind"] == "step"]
+    assert logged == [1, 3, 4, 5, 6]
 
 
 def test_stages_follow_each_other_and_keep_the_text_side(model_config, data, tmp_path) -> None:
