@@ -45,6 +45,8 @@ class Progressed:
     """Steps done."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Held-out measurements, oldest first."""
+    cut_texts: int = 0
+    """Rows trained on, of all processes and epochs, that had a text of more than 50 words."""
 
 
 class ResumePoints:
@@ -83,7 +85,7 @@ class ResumePoints:
         state = {name: _snapshot(part.state_dict(), keep=self._writes) for name, part in self._parts.items()}
         if not self._writes:
             return
-        about = {"step": done.step, "history": [dict(entry) for entry in done.history]}
+        about = {"step": done.step, "history": [dict(entry) for entry in done.history], "cut_texts": done.cut_texts}
         whole = {**about, "settings": dict(self._settings), "parts": state}
         self._flight = self._pool.submit(_write, self.path, whole)
 
@@ -117,7 +119,7 @@ class ResumePoints:
                 part.load_state_dict(_like(state["parts"][name], part.state_dict()))
         except (RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(f"{self.path} does not fit this model ({error}); {again}") from error
-        return Progressed(step, history)
+        return Progressed(step, history, state.get("cut_texts", 0))  # a point of an earlier version has none
 
 
 class OptimiserState:

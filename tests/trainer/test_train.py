@@ -44,6 +44,7 @@ def run(
     out: Path,
     init: Path | None = None,
     watchers: Sequence[Watcher] = (),
+    progress: Progress | None = None,
     **changes,
 ) -> Path:
     config = CONFIGS[stage].model_copy(update=changes)
@@ -57,7 +58,7 @@ def run(
         out=out,
         recipe_yaml="{}\n",
         store=FeatureStore(),
-        progress=Progress(quiet=True),
+        progress=progress or Progress(quiet=True),
         ranks=Ranks(),
         watchers=watchers,
     )
@@ -110,6 +111,34 @@ def test_a_run_goes_on_with_other_settings_of_the_log(model_config, data, tmp_pa
     assert json.loads((cut / "metrics.json").read_text()) == json.loads((whole / "metrics.json").read_text())
     logged = [record["step"] for record in read_journal(cut / "training.jsonl") if record["kind"] == "step"]
     assert logged == [1, 3, 4, 5, 6]
+
+
+def test_long_texts_are_counted_over_kill_and_resume(model_config, world, tmp_path, monkeypatch) -> None:
+    """48 rows in 6 steps of 8 are one epoch, so each row is read once: 10 have a caption of 51 words."""
+    copy = tmp_path / "world"
+    shutil.copytree(world, copy)
+    rows = [json.loads(line) for line in (copy / "captions_train.jsonl").read_text().splitlines()]
+    for row in rows[:10]:
+        row["captions"] = [*row["captions"], "word " * 51]
+    (copy / "captions_train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data, step = resolve(DataConfig(), copy), Stepper.step
+
+    def dying(self, number, indices, draws):
+        if number == 5:
+            raise Killed
+        return step(self, number, indices, draws)
+
+    monkeypatch.setattr(Stepper, "step", dying)
+    with pytest.raises(Killed):
+        run("stage2", model_config, data, tmp_path / "out")
+    monkeypatch.setattr(Stepper, "step", step)
+    told = Progress(quiet=True)
+    said = list[str]()
+    monkeypatch.setattr(told, "note", said.append)
+    out = run("stage2", model_config, data, tmp_path / "out", progress=told)
+    assert len(rows) == 48
+    assert json.loads((out / "metrics.json").read_text())["cut_texts"] == 10
+    assert any("10 of the 48 rows trained on" in line and "more than 50 words" in line for line in said)
 
 
 def test_stages_follow_each_other_and_keep_the_text_side(model_config, data, tmp_path) -> None:
