@@ -190,14 +190,24 @@ def _title(log: list[Record]) -> tuple[str, str]:
     """Stage, and what one wants to know of its speed (medians)."""
     run, steps = log[0], _steps(log)
     facts = [f"{steps[-1]['step']:,} of {run['steps']:,} steps x {run['batch_size']:,}"]
-    for name, text in (
-        ("samples_per_s", "{:.3g} samples/s"),
-        ("data_wait_share", "data wait {:.2%}"),
-        ("model_flop_utilisation", "MFU {:.2%}"),
-    ):
+    for name, text in (("samples_per_s", "{:.3g} samples/s"), ("data_wait_share", "data wait {:.2%}")):
         found = [step["speed"][name] for step in steps if step["speed"][name] is not None]
         facts += [text.format(median(found))] if found else []
-    return str(run["stage"]), " · ".join(facts)
+    return str(run["stage"]), " · ".join(facts + _utilisation(log))
+
+
+def _utilisation(log: list[Record]) -> list[str]:
+    """MFU, and whether the peak it is a share of was measured: then it is the highest of this stage, for all steps."""
+    peaks, done = list[Record](), list[float]()  # FLOP/s
+    for record in log:
+        if record.get("event") == "flops":
+            peaks.append(record)
+        elif record["kind"] == "step" and (share := record["speed"]["model_flop_utilisation"]) is not None:
+            done.append(share * peaks[-1]["peak_per_second"])
+    if not done:
+        return []
+    share = median(done) / max(peak["peak_per_second"] for peak in peaks)
+    return [f"MFU {share:.2%}{' of a measured peak' if peaks[-1]['peak'] == 'measured' else ''}"]
 
 
 def _loss_names(log: list[Record]) -> list[str]:

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from runtime.answers import Answer
 from runtime.dataset import Row
 
 Task: TypeAlias = Literal["caption", "vqa"]
+_Item = TypeVar("_Item")
 Tasks: TypeAlias = Mapping[Task, Sequence[Row]]
 """The items of every task that is measured; never an empty sequence."""
 
@@ -27,11 +28,15 @@ class Scored:
 
 def fitting(task: Task, rows: Sequence[Row], items: int | None) -> list[Row]:
     """Rows of the task, or `items` of them evenly spaced over the file (neighbours often share an image)."""
-    fits = [row for row in rows if (row.captions if task == "caption" else row.question and row.answers)]
-    return fits if items is None else spread(fits, items)
+    fits = [place for place, row in enumerate(rows) if _fits(task, row)]
+    return [rows[place] for place in (fits if items is None else spread(fits, items))]
 
 
-def spread(rows: Sequence[Row], count: int) -> list[Row]:
+def _fits(task: Task, row: Row) -> bool:
+    return bool(row.captions if task == "caption" else row.question and row.answers)
+
+
+def spread(rows: Sequence[_Item], count: int) -> list[_Item]:
     """At most `count` rows, evenly spaced, in order."""
     taken = min(count, len(rows))
     return [rows[i * len(rows) // taken] for i in range(taken)]

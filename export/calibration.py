@@ -6,7 +6,7 @@ Random input never occurs here: a quantised graph that is judged, or calibrated,
 Shape letters: B batch, N image tokens, E image width, T question tokens
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from runtime.preprocess import load_image, preprocess
 from runtime.progress import Progress
 from runtime.text import qformer_text
 from trainer.blip2 import Blip2, text_batch
-from trainer.sources.convert import read_rows
+from trainer.sources.convert import rows_of
 
 NAMED = 5
 """Broken images that a message names."""
@@ -60,7 +60,7 @@ def draw(
     calibration_images = 0 if again else calibration_images
     names, wanted = ", ".join(map(str, manifests)), calibration_images + verification_images
     taken = {Path(str(request.image)).resolve() for request in again}
-    questions = _questions_by_image([row for path in manifests for row in read_rows(path)])
+    questions = _questions_by_image(row for path in manifests for row in rows_of(path))
     known, rng = [image for image in questions if image.resolve() not in taken], np.random.default_rng(seed)
     images, broken = list[Path](), list[str]()
     for index in rng.permutation(len(known)):
@@ -126,7 +126,7 @@ def _condition(model: Blip2, request: Request) -> str | None:
     return qformer_text(config.qformer_reads, request.question, prompt)
 
 
-def _questions_by_image(rows: Sequence[Row]) -> dict[Path, list[str]]:
+def _questions_by_image(rows: Iterable[Row]) -> dict[Path, list[str]]:
     found: dict[Path, list[str]] = {}
     for row in rows:
         asked = found.setdefault(row.image, [])

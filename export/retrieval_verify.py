@@ -33,7 +33,7 @@ from runtime.retrieval import GRAPHS, RETRIEVAL_TOKENIZER, Floats, Retrieval, Re
 from runtime.tokenizer import TextTokenizer, cut
 from trainer.blip2 import Blip2, text_batch
 from trainer.retrieval import EagerRetrieval
-from trainer.sources.convert import read_rows
+from trainer.sources.convert import rows_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def draw_pairs(manifests: Sequence[Path], requests: Sequence[Request], seed: int
         return []
     captions: dict[str, list[str]] = {}
     for path in manifests:
-        for row in read_rows(path):
+        for row in rows_of(path):
             captions.setdefault(str(row.image), []).extend(row.captions)
     known = list(dict.fromkeys(text for texts in captions.values() for text in texts))
     if len(known) < 2:
@@ -90,9 +90,10 @@ def draw_pairs(manifests: Sequence[Path], requests: Sequence[Request], seed: int
     rng, pairs = np.random.default_rng([seed, 1]), list[Pair]()
     for image in dict.fromkeys(Path(str(request.image)) for request in requests):
         own = captions.get(str(image), [])
-        pairs.append(Pair(image, str(rng.choice(own or known))))
-        others = [text for text in rng.choice(known, size=min(8, len(known)), replace=False) if text not in own]
-        pairs.append(Pair(image, str((others or known)[0])))
+        pairs.append(Pair(image, (own or known)[rng.choice(len(own or known))]))
+        drawn = rng.choice(len(known), size=min(8, len(known)), replace=False)  # places: the texts may be millions
+        others = [known[place] for place in drawn if known[place] not in own]
+        pairs.append(Pair(image, (others or known)[0]))
     return pairs
 
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from export.config import ExportConfig
 from qforge.recipe import Recipe
 from qforge.report import CURVES, report_text
-from runtime.dataset import read_manifest
 from runtime.errors import CheckFailed, MissingFile, require
 from runtime.files import sha256_of, write_json_atomic
 from runtime.packed import piece_of
@@ -260,9 +259,9 @@ def measure(
         bundles,
         checkpoint,
         recipe.bench,
-        caption_rows=read_manifest(manifests["captions_test"]),
-        vqa_rows=read_manifest(manifests["vqa_test"]) if "vqa_test" in manifests else [],
-        prior_rows=read_manifest(manifests["vqa_train"]) if "vqa_train" in manifests else [],
+        caption_rows=ManifestRows(manifests["captions_test"]),
+        vqa_rows=ManifestRows(manifests["vqa_test"]) if "vqa_test" in manifests else [],
+        prior_rows=ManifestRows(manifests["vqa_train"]) if "vqa_train" in manifests else [],
         out=folder,
         progress=Progress(),
     )

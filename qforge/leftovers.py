@@ -13,6 +13,7 @@ from typing import Any
 from runtime.errors import InputError
 from runtime.files import write_json_atomic
 from runtime.settings import changed
+from trainer.stage_config import deciding
 
 BEGUN = "begun.json"
 
@@ -42,7 +43,8 @@ def settle_leftovers(
         then = json.loads((other / BEGUN).read_text(encoding="utf-8"))
         if then["inputs"]["earlier steps"] != inputs["earlier steps"]:
             continue
-        differences = [*changed(then["settings"], _plain(settings)), *changed(then["files"], files)]
+        before = deciding(then["settings"])  # an earlier version counted more settings
+        differences = [*changed(before, _plain(settings)), *changed(then["files"], files)]
         if differences:
             raise InputError(
                 f"{name} was begun with other inputs: {'; '.join(differences)}. Its work so far is kept: set it back "

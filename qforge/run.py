@@ -21,6 +21,7 @@ from runtime.errors import InputError
 from runtime.files import write_text_atomic
 from runtime.precision import NOT_ON_CPU, Precision
 from trainer.config import STAGES, STARTS_FROM, ModelConfig, StageName
+from trainer.stage_config import deciding
 
 STAGE_STORIES: dict[StageName, str] = {
     "stage1": "learning representations by contrast, matching and generation",
@@ -148,7 +149,7 @@ def steps_of(
             does=STAGE_STORIES[stage],
             output=stage_folder(recipe, stage),
             action=partial(actions.train_stage, stage, recipe, model, out, init),
-            settings=reads("seed", "model", "data", stage),
+            settings=deciding(reads("seed", "model", "data", stage)),
             files=partial(_outside, recipe, None if earlier else first),
             after=("data", *(step.name for step in halves), *earlier),
             code=TRAINS,

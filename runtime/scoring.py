@@ -6,7 +6,7 @@ ones (rules: reference/training.md §1.13). Scores are fractions from 0 to 1.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from runtime.dataset import Row
 from runtime.errors import DataError
@@ -110,11 +110,14 @@ def question_prior(train_rows: Iterable[Row], test_rows: Iterable[Row]) -> float
     )
 
 
-def _answered(rows: Iterable[Row], name: str) -> list[Row]:
-    answered = [row for row in rows if row.question is not None and row.answers]
-    if not answered:
+def _answered(rows: Iterable[Row], name: str) -> Iterator[Row]:
+    found = False
+    for row in rows:
+        if row.question is not None and row.answers:
+            found = True
+            yield row
+    if not found:
         raise DataError(f"expected questions with answers among the {name} rows, found none")
-    return answered
 
 
 def _words(row: Row) -> tuple[str, ...]:

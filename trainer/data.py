@@ -181,6 +181,8 @@ class Taken:
 
     image_ids: tuple[str, ...]
     seconds: float
+    cut: int
+    """Places of the step whose row has a text of more than 50 words, of which training sees the first 50."""
 
 
 class ImageRows:
@@ -206,8 +208,8 @@ class ImageRows:
         self._live = self._trained or augment.active or (many and isinstance(store, FeatureStore))
         self._taken: list[str] = []
         self._seconds = 0.0
-        self.cut_texts = 0 if many else sum(_is_long(row) for row in rows)
-        """Rows with a text of which training sees the first 50 words; not counted in a large set."""
+        self._cut = set[int]()
+        """Places of the global batch, so that a row that is read twice in a step counts once."""
         self.left_out = sum(part.left_out for part in rows.parts) if isinstance(rows, MixedRows) else 0
         """Entries of the data sets that are no rows, as something of them is missing or wrong."""
         paths = list[Path]() if many else [row.image for row in rows]
@@ -272,12 +274,14 @@ class ImageRows:
             rows, features_BNE = self._kept(indices)
             self._seconds += time.monotonic() - began
         self._taken += [row.image_id for row in rows]
+        if draws is not None:
+            self._cut |= {draws.place(b) for b, row in enumerate(rows) if _is_long(row)}
         return rows, features_BNE
 
     def take(self) -> Taken:
         """Images and reading time of the batches since the last call."""
-        taken = Taken(tuple(self._taken), self._seconds)
-        self._taken, self._seconds = [], 0.0
+        taken = Taken(tuple(self._taken), self._seconds, len(self._cut))
+        self._taken, self._seconds, self._cut = [], 0.0, set()
         return taken
 
     def _encoded(self, pixels: list[np.ndarray]) -> Tensor:

@@ -3,6 +3,7 @@
     FOLDER/feature-cache.json         that it is one; bytes held, under a lock
     FOLDER/<tower, 16 hex>/tower.json what made the features: weights' hash, layer, pixels, shape of a row
     FOLDER/<tower, 16 hex>/...        rows (trainer/feature_shards.py)
+    FOLDER/<tower, 16 hex>/lock       held by the one process that makes rows known, after it has written them
 
 A row is found by what made it and by what it was made of. The tower counts by the content of its weights, its
 configuration, the layer that is read, and how an image becomes pixels (size, interpolation, mean, standard deviation).
@@ -34,7 +35,7 @@ from runtime.files import NO_SPACE, write_json_atomic
 from trainer.feature_shards import DIGEST_BYTES, HEADER_BYTES, ShardReader, ShardWriter
 
 FORMAT = 1
-LEDGER, TOWER = "feature-cache.json", "tower.json"
+LEDGER, TOWER, LOCK = "feature-cache.json", "tower.json", "lock"
 _LEDGER_CHARS = 128  # always as long, so that writing it again needs no room on a full disk
 FOLDER_CHARS = 16
 
@@ -50,7 +51,7 @@ class Statistics:
     misses: int = 0
     """Images that had to pass the tower."""
     stored: int = 0
-    """Images whose features were written; fewer than misses when the cache is full."""
+    """Images whose features were written; fewer than misses when the cache is full, or another process was first."""
     bytes: int = 0
     """Held in the folder, by all towers, when last looked at."""
 
@@ -116,6 +117,9 @@ class FeatureCache:
     def write(self, digests: Sequence[bytes], features_BNE: Halves) -> None:
         """Keep features that were not there; those beyond the bound, or a full disk, are not kept and `full` says so.
 
+        What another process wrote meanwhile stays as that one wrote it: the processes of one step may meet an image
+        with several captions together.
+
         Raises:
             DataError: their shape is not that of the tower's others.
         """
@@ -123,19 +127,22 @@ class FeatureCache:
             self.statistics.misses += len(digests)
             self._settle(features_BNE.shape[1:])
             rows = features_BNE.reshape(len(digests), -1)
-            room = 0 if self.full else self._reserve(len(digests), HEADER_BYTES + DIGEST_BYTES + rows[0].nbytes)
+            row_bytes = HEADER_BYTES + rows[0].nbytes
+            room = 0 if self.full else self._reserve(len(digests), DIGEST_BYTES + row_bytes)
             if not room:
                 return
             if self._writer is None:
-                self._writer = ShardWriter(self._place, HEADER_BYTES + rows[0].nbytes)
+                self._writer = ShardWriter(self._place, row_bytes)
             try:
-                self._writer.append(digests[:room], rows[:room])
+                kept = self._writer.append(digests[:room], rows[:room], self._absent)
             except OSError as error:
                 if error.errno not in NO_SPACE:
                     raise
                 self.full = f"the disk of {self.folder} takes no more"
                 return
-            self.statistics.stored += room
+            self.statistics.stored += kept
+            if kept < room:
+                self._give_back((room - kept) * (DIGEST_BYTES + row_bytes))
 
     def close(self) -> None:
         """Let go of the files."""
@@ -144,6 +151,19 @@ class FeatureCache:
                 if user is not None:
                     user.close()
             self._reader = self._writer = None
+
+    @contextmanager
+    def _absent(self, digests: Sequence[bytes]) -> Iterator[list[int]]:
+        """Places in `digests` of those that are not there, or damaged; no other process makes rows known meanwhile."""
+        reader = self._reading()
+        assert reader is not None and self.shape is not None, "_settle() comes first"
+        with _locked(self._place / LOCK):
+            reader.refresh()
+            known = np.flatnonzero(reader.has(digests)).tolist()
+            rows = np.empty((len(known), int(np.prod(self.shape))), np.float16)
+            whole = reader.read([digests[place] for place in known], rows)
+            there = {place for place, found in zip(known, whole.tolist(), strict=True) if found}
+            yield [place for place in range(len(digests)) if place not in there]
 
     def _reading(self) -> ShardReader | None:
         """The reader; None as long as nobody wrote anything."""
@@ -187,18 +207,31 @@ class FeatureCache:
             self.full = f"{self.folder} holds its data.features.limit_gb of {self.limit_bytes / 1e9:g}"
         return room
 
+    def _give_back(self, size: int) -> None:
+        """Bytes that were reserved and not taken."""
+        with self._ledger() as held:
+            held.bytes = max(0, held.bytes - size)
+            self.statistics.bytes = held.bytes
+
     @contextmanager
     def _ledger(self) -> Iterator["_Held"]:
         """The folder's own record of its bytes, with its lock held."""
-        descriptor = os.open(self.folder / LEDGER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with _locked(self.folder / LEDGER) as descriptor:
             held = _parsed(os.pread(descriptor, _LEDGER_CHARS, 0), self.folder)
             yield held
             text = json.dumps({"format": FORMAT, "bytes": held.bytes}).ljust(_LEDGER_CHARS - 1)
             os.pwrite(descriptor, f"{text}\n".encode(), 0)
-        finally:
-            os.close(descriptor)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[int]:
+    """Its descriptor, while no other process holds the file; the lock dies with its holder."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 @dataclass

@@ -3,7 +3,8 @@
     FOLDER/<name>.rows     rows one after the other: digest (16 bytes), CRC-32 (4), filler (12), then the values
     FOLDER/<name>.index    the digests (16 bytes each) of the same rows, so that opening reads little
 
-One process appends to a shard at a time (a lock that dies with it), the row before its digest. Whatever a killed writer
+One process appends to a shard at a time (a lock that dies with it), the row before its digest; a row that another
+process made known in between is taken out again before its digest is written. Whatever a killed writer
 left half-written, a row without digest or a piece of either, is cut off by the next one that takes the shard, and
 readers count only what is there whole. After a power failure a digest may stand for a row that never reached the disk:
 the checksum tells, and the row counts as absent. So nothing needs to be flushed to the disk.
@@ -18,7 +19,8 @@ import os
 import secrets
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,12 @@ ROWS, INDEX = ".rows", ".index"
 
 Rows = npt.NDArray[np.float16]
 Keys = npt.NDArray[np.uint64]
+Wanted = Callable[[Sequence[bytes]], AbstractContextManager[Sequence[int]]]
+"""Places in some digests, to be written while the context is held."""
+
+
+def _all(digests: Sequence[bytes]) -> AbstractContextManager[Sequence[int]]:
+    return nullcontext(range(len(digests)))
 
 
 class ShardReader:
@@ -145,22 +153,35 @@ class ShardWriter:
         self._files: tuple[int, int] | None = None
         self._rows = 0
 
-    def append(self, digests: Sequence[bytes], rows: Rows) -> None:
-        """Add rows; OSError (a full disk, most likely) leaves the shard as it was before."""
+    def append(self, digests: Sequence[bytes], rows: Rows, wanted: Wanted = _all) -> int:
+        """Add rows, and make known those of them that are then `wanted`; tells how many.
+
+        OSError (a full disk, most likely) leaves the shard as it was before.
+        """
         if self._files is None or self._rows * self._row_bytes >= SHARD_BYTES:
             self.close()
             self._files, self._rows = self._take()
         data, index = self._files
         try:
-            for place, (digest, row) in enumerate(zip(digests, rows, strict=True), start=self._rows):
-                values = np.ascontiguousarray(row).tobytes()
-                header = digest + zlib.crc32(values).to_bytes(4, "little")
-                _write_at(data, header.ljust(HEADER_BYTES, b"\0") + values, place * self._row_bytes)
-            _write_at(index, b"".join(digests), self._rows * DIGEST_BYTES)
+            for place, (digest, row) in enumerate(zip(digests, rows, strict=True)):
+                self._write_row(data, self._rows + place, digest, row)
+            with wanted(digests) as kept:
+                if len(kept) < len(digests):
+                    for place, b in enumerate(kept):
+                        self._write_row(data, self._rows + place, digests[b], rows[b])
+                    os.ftruncate(data, (self._rows + len(kept)) * self._row_bytes)
+                _write_at(index, b"".join(digests[b] for b in kept), self._rows * DIGEST_BYTES)
         except OSError:
             self._cut(data, index, self._rows)
             raise
-        self._rows += len(digests)
+        self._rows += len(kept)
+        return len(kept)
+
+    def _write_row(self, data: int, place: int, digest: bytes, row: Rows) -> None:
+        values = np.ascontiguousarray(row).view(np.uint8).data
+        header = digest + zlib.crc32(values).to_bytes(4, "little")
+        _write_at(data, header.ljust(HEADER_BYTES, b"\0"), place * self._row_bytes)
+        _write_at(data, values, place * self._row_bytes + HEADER_BYTES)
 
     def close(self) -> None:
         """Let go of the shard; another writer may go on with it."""
@@ -210,7 +231,7 @@ def _lock(shard: Path) -> tuple[int, int] | None:
         raise
 
 
-def _write_at(descriptor: int, content: bytes, offset: int) -> None:
+def _write_at(descriptor: int, content: bytes | memoryview, offset: int) -> None:
     """All of it: one call may take less."""
     view = memoryview(content)
     while view:

@@ -46,9 +46,11 @@ class Fit:
         self._ranks, self._progress, self._watchers = ranks, progress, watchers
         self._stepper = Stepper(stage, model, plan.objective, config, ranks)
         self._ema = Ema(model, config.ema_decay) if config.ema_decay else None
+        self._cut = 0
+        """Rows of this process with a text that was cut, since they were last added up over all processes."""
 
-    def run(self) -> list[dict[str, float]]:
-        """Run the steps that are left; returns every held-out measurement, oldest first.
+    def run(self) -> Progressed:
+        """Run the steps that are left; returns what was measured and counted in all of them.
 
         The model ends with the weights to keep: the averages, where the stage has some.
         """
@@ -68,10 +70,11 @@ class Fit:
                     if not last and done.step % config.save_every == 0:
                         for watcher in self._watchers:
                             watcher.before_resume_point()
-                        points.save(done)
+                        self._save(points, done)
+            self._add_up(done)
         if self._ema is not None:
             self._ema.swap()
-        return done.history
+        return done
 
     def _parts(self) -> dict[str, Stateful]:
         """What a resume point holds."""
@@ -92,7 +95,7 @@ class Fit:
         stepped = self._stepper.step(done.step, indices, draws)
         taken = [rows.take() for rows in self._plan.rows]
         if not stepped.finite:
-            points.save(done)
+            self._save(points, done)
             images = [image for part in taken for image in part.image_ids]
             folder = self._partial.with_name(f"{self._stage}-failed-at-step-{done.step + 1}")
             raise stop(
@@ -102,6 +105,7 @@ class Fit:
         if self._ema is not None:
             self._ema.update()
         done.step += 1
+        self._cut += sum(part.cut for part in taken)
         bar.advance(loss=stepped.loss, **stepped.figures)
         data_s = sum(part.seconds for part in taken)
         report = StepReport(
@@ -119,6 +123,14 @@ class Fit:
         for watcher in self._watchers:
             watcher.after_step(self._model, report)
         return stepped
+
+    def _save(self, points: ResumePoints, done: Progressed) -> None:
+        self._add_up(done)
+        points.save(done)
+
+    def _add_up(self, done: Progressed) -> None:
+        done.cut_texts += sum(self._ranks.collect(self._cut))
+        self._cut = 0
 
     def _drawn(self, step: int) -> tuple[list[int], StepDraws]:
         """Rows of this process in a step, and its draws."""

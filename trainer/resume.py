@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from runtime.errors import CheckpointError, InputError
 from runtime.files import scratch_file
 from runtime.settings import changed
+from trainer.stage_config import deciding
 
 FILE = "resume.pt"
 
@@ -44,6 +45,8 @@ class Progressed:
     """Steps done."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Held-out measurements, oldest first."""
+    cut_texts: int = 0
+    """Rows trained on, of all processes and epochs, that had a text of more than 50 words."""
 
 
 class ResumePoints:
@@ -55,7 +58,7 @@ class ResumePoints:
     def __init__(
         self, folder: Path, parts: Mapping[str, Stateful], settings: Mapping[str, Any], *, writes: bool
     ) -> None:
-        """`parts` by name; `settings` decide the result; the process that `writes` is the first of several."""
+        """`parts` by name; `settings` by section, which say what is trained; the process that `writes` is the first."""
         self.path = folder / FILE
         self._parts, self._settings, self._writes = parts, settings, writes
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="resume-point")
@@ -82,7 +85,7 @@ class ResumePoints:
         state = {name: _snapshot(part.state_dict(), keep=self._writes) for name, part in self._parts.items()}
         if not self._writes:
             return
-        about = {"step": done.step, "history": [dict(entry) for entry in done.history]}
+        about = {"step": done.step, "history": [dict(entry) for entry in done.history], "cut_texts": done.cut_texts}
         whole = {**about, "settings": dict(self._settings), "parts": state}
         self._flight = self._pool.submit(_write, self.path, whole)
 
@@ -106,7 +109,7 @@ class ResumePoints:
             step, history, settings = int(state["step"]), list(state["history"]), state["settings"]
         except (RuntimeError, KeyError, ValueError, EOFError) as error:
             raise CheckpointError(f"{self.path} is damaged or of another version ({error}); {again}") from error
-        if differences := changed(settings, self._settings):
+        if differences := changed(deciding(settings), deciding(self._settings)):
             raise InputError(
                 f"{self.path} has {step:,} steps of training with other settings: {'; '.join(differences)}. Nothing "
                 f"is lost: set it back to go on from there, choose another --out, or {again}"
@@ -116,7 +119,7 @@ class ResumePoints:
                 part.load_state_dict(_like(state["parts"][name], part.state_dict()))
         except (RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(f"{self.path} does not fit this model ({error}); {again}") from error
-        return Progressed(step, history)
+        return Progressed(step, history, state.get("cut_texts", 0))  # a point of an earlier version has none
 
 
 class OptimiserState:

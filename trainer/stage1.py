@@ -143,7 +143,8 @@ class Stage1:
         """ITM over true pairs, right image with wrong text, wrong image with right text (1:2)."""
         rows, bridge = len(texts.ids), model.bridge
         known = keys
-        if len(negatives.fetched_FnE):
+        # None may be fetched here and some elsewhere: whose features carry a gradient, all return it together.
+        if len(negatives.fetched_FnE) or negatives.fetched_FnE.requires_grad:
             known = keys.with_more(bridge.keys_of_features(negatives.fetched_FnE))
         lookers = [Lookers(keys, 2 * rows), Lookers(known.rows(negatives.wrong_images_b), rows)]
         own, wrong = _same_length(texts, negatives.wrong_texts)

@@ -4,12 +4,25 @@ Defaults are BLIP-2's published values (arXiv 2301.12597, section 4.1 and tables
 recipe says only what differs. pydantic only: reading a recipe never loads torch.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from runtime.settings import Settings
-from trainer.config import ModelConfig
+from trainer.config import STAGES, ModelConfig
+
+OF_THE_LOG = frozenset({"log_every", "tensorboard", "save_every"})
+"""Settings of a stage that change no weight and no measurement: what is finished stays so when they change, and what is
+not goes on. `eval_every` is none of them: it says which measurements metrics.json holds."""
+
+
+def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of a recipe (JSON-able, by name) without what of a stage does not decide its result."""
+    return {
+        name: {key: value for key, value in section.items() if key not in OF_THE_LOG} if name in STAGES else section
+        for name, section in settings.items()
+    }
 
 
 class StageConfig(Settings):
@@ -49,9 +62,11 @@ class StageConfig(Settings):
     save_every: PositiveInt = 1_000
     """Steps between resume points."""
     log_every: PositiveInt = 10
-    """Steps between lines of training.jsonl (the first and the last step have one too)."""
+    """Steps between lines of training.jsonl (the first and the last step have one too); no finished stage is trained
+    again for it."""
     tensorboard: bool = False
-    """Write the log's numbers for TensorBoard too, into `tensorboard/` of the checkpoint."""
+    """Write the log's numbers for TensorBoard too, into `tensorboard/` of the checkpoint; no finished stage is trained
+    again for it."""
     warmup_learning_rate: NonNegativeFloat = 0.0
     """Rate that warm-up begins with."""
     projection_rate: PositiveFloat = 1.0

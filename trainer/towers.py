@@ -84,7 +84,9 @@ class VisionTower(nn.Module):
         for parameter in self.model.parameters():
             parameter.requires_grad_(parameter in reached)
         if checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            now, before = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # transformers 5.23, 5.17
+            enable = getattr(self.model, now if hasattr(self.model, now) else before)
+            enable({"use_reentrant": False})
         self.train()
 
     def layers(self) -> nn.ModuleList:

@@ -74,7 +74,7 @@ def run_stage(
         progress=progress,
     )
     settings = {"seed": seed, "model": model.model_dump(mode="json"), stage: config.model_dump(mode="json")}
-    history = Fit(
+    done = Fit(
         stage,
         blip2,
         plan,
@@ -89,9 +89,9 @@ def run_stage(
     ).run()
     found = ranks.collect({path: why for rows in plan.rows for path, why in rows.broken().items()})
     broken = {path: why for of_process in found for path, why in of_process.items()}
-    cut, left_out = sum(rows.cut_texts for rows in plan.rows), sum(rows.left_out for rows in plan.rows)
-    metrics: dict[str, Any] = {"stage": stage, "held_out": history, "broken_images": broken, "alarms": log.alarms()}
-    metrics |= {"cut_texts": cut, "left_out": left_out}
+    left_out = sum(rows.left_out for rows in plan.rows)
+    metrics: dict[str, Any] = {"stage": stage, "held_out": done.history, "broken_images": broken}
+    metrics |= {"alarms": log.alarms(), "cut_texts": done.cut_texts, "left_out": left_out}
     if features := _together(ranks.collect(store.statistics())):
         metrics["features"] = features
         progress.note(f"{stage}: image features {', '.join(f'{name} {count:,}' for name, count in features.items())}")
@@ -107,8 +107,11 @@ def run_stage(
         progress.note(f"{stage}: {len(broken)} images could not be read and were replaced; metrics.json names them")
     if left_out:
         progress.note(f"{stage}: {left_out} entries of the data sets could not be used; qforge data check names them")
-    if cut:
-        progress.note(f"{stage}: {cut} rows have a text of more than {MAX_WORDS} words, which was read up to there")
+    if done.cut_texts:
+        progress.note(
+            f"{stage}: {done.cut_texts:,} of the {config.steps * config.batch_size:,} rows trained on (one that comes "
+            f"again counts again) had a text of more than {MAX_WORDS} words, which was read up to there"
+        )
     return out
 
 

@@ -84,12 +84,16 @@ def write_log(
     *,
     steps: int = 40,
     alarm: str | None = None,
+    peaks: Sequence[tuple[int, float, str]] = ((1, 1e12, "data sheet"),),
 ) -> Path:
-    """A checkpoint folder that holds a log and nothing else."""
+    """A checkpoint folder that holds a log and nothing else; `peaks`: from a step on, FLOP/s, source."""
     with Journal(folder / "training.jsonl", 0) as journal:
         told = {name: of.numbers() for name, of in lines.items()}
         journal.write("run", 0, {"stage": stage, "steps": steps, "batch_size": 64, "lines": told})
         for step in range(1, steps + 1):
+            for _, flops, source in (peak for peak in peaks if peak[0] == step):
+                known = {"per_step_and_process": 10**9, "peak_per_second": flops, "peak": source}
+                journal.write("event", step, {"event": "flops", **known})
             facts = {"losses": losses(step), "learning_rates": [1e-3 * step, 1e-3 * step], "gradient_norm": 1.0 / step}
             journal.write("step", step, {**facts, "speed": SPEED if step > 1 else dict.fromkeys(SPEED)})
         for step in (20, 40):

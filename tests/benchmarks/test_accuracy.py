@@ -1,5 +1,6 @@
 """Scores and agreement against values counted by hand."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from benchmarks.swap import image_hashes
 from runtime.answers import Answer, Request
 from runtime.dataset import Row
 from runtime.progress import Progress
+from runtime.scoring import question_prior
+from tests.alive import Alive
 from tests.benchmarks.stand_ins import Parrot, caption_row, colour_images, contestant, question_row
+from trainer.sources.rows import ManifestRows
 
 QUIET = Progress(quiet=True)
 
@@ -113,6 +117,17 @@ def test_items_are_evenly_spaced_and_fit_the_task(tasks: Tasks) -> None:
     assert fitting("caption", rows, None) == list(tasks["caption"])
     assert fitting("vqa", rows, 2) == [tasks["vqa"][0], tasks["vqa"][2]]
     assert spread(tasks["vqa"], 99) == list(tasks["vqa"])
+
+
+def test_items_are_all_that_is_held_of_a_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [{"image": f"{i}.png", "question": f"what {i}?", "answers": ["x"] * (i % 2)} for i in range(100)]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    alive = Alive(monkeypatch)
+    found = fitting("vqa", ManifestRows(tmp_path / "m.jsonl"), 5)
+    assert [row.image.stem for row in found] == ["1", "21", "41", "61", "81"]
+    assert alive.most <= 5 + 3, "those found, and what passes by"
+    assert question_prior(ManifestRows(tmp_path / "m.jsonl"), found) == 1
+    assert alive.most <= 5 + 3, "those found, and what passes by"
 
 
 def test_every_answer_is_kept(tasks: Tasks) -> None:

@@ -61,6 +61,13 @@ def test_losses_stand_between_chance_and_floor(tmp_path: Path, drawn: list[Any])
     assert shown["itm"].get_yscale() == "linear"
 
 
+def test_utilisation_of_a_measured_peak_says_so_and_takes_the_highest(tmp_path: Path, drawn: list[Any]) -> None:
+    """Steps at half of 1 TFLOP/s, until the device is found to do 2."""
+    peaks = [(1, 1e12, "measured"), (38, 2e12, "measured")]
+    draw_training([write_log(tmp_path / "a", "stage1", PAIRS, stage1_losses, peaks=peaks)], tmp_path / "training.png")
+    assert words(panels(drawn[0])["itc"])[-1].endswith("· MFU 25.00% of a measured peak")
+
+
 def test_held_out_losses_stand_in_the_panel_of_their_loss(tmp_path: Path, drawn: list[Any]) -> None:
     draw_training([write_log(tmp_path / "a", "stage1", PAIRS, stage1_losses)], tmp_path / "training.png")
     shown = panels(drawn[0])

@@ -8,9 +8,11 @@ import pytest
 
 from export.calibration import Drawn, calibration_feeds, draw
 from export.graphs import Graph
+from export.retrieval_verify import draw_pairs
 from runtime.errors import DataError
 from runtime.preprocess import preprocess
 from runtime.progress import Progress
+from tests.alive import Alive
 from trainer.blip2 import Blip2
 
 
@@ -41,6 +43,14 @@ def test_every_image_is_captioned_and_asked(model: Blip2, manifests: list[Path],
     for part in (drawn(model, manifests), drawn(model, [world / "vqa_train.jsonl"])):
         asked = [request.question is not None for request in part.calibration]
         assert asked == [False, True] * 6
+
+
+def test_rows_are_looked_at_one_by_one(model: Blip2, manifests: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = Alive(monkeypatch)
+    found = drawn(model, manifests)
+    draw_pairs(manifests, found.calibration, seed=0)
+    assert alive.given == 2 * sum(len(path.read_text().splitlines()) for path in manifests)
+    assert alive.most <= 2, "the one that is looked at, and the one that follows it"
 
 
 def test_too_few_images_is_an_error(model: Blip2, manifests: list[Path]) -> None:

@@ -76,6 +76,17 @@ def test_other_inputs_are_refused_with_every_key(begun: Run, change: Callable[[R
     assert begun.value() == "2", "the work of the first call was lost"
 
 
+def test_work_of_a_version_that_counted_settings_of_the_log_goes_on(
+    begun: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (noted,) = begun.out.glob(".steps/working/second-*/begun.json")
+    then = json.loads(noted.read_text())
+    then["settings"]["stage1"] |= {"log_every": 10, "tensorboard": False, "save_every": 1_000}
+    noted.write_text(json.dumps(then))
+    monkeypatch.setattr("qforge.steps.library_versions", lambda: {"torch": "99"})
+    assert begun.value() == "2"
+
+
 def test_the_same_inputs_go_on(begun: Run) -> None:
     assert begun.value() == "2"
     assert not list((begun.out / ".steps/working").iterdir())

@@ -299,6 +299,10 @@ def test_a_run_leaves_the_promised_folders(demo: Recipe) -> None:
         ("vqa.steps=7", {"vqa"}),
         ("stage1.steps=7", {"stage1"}),
         ("seed=7", {"stage1", "stage2", "vqa"}),
+        ("stage1.log_every=7", set()),
+        ("stage1.tensorboard=true", set()),
+        ("stage1.save_every=7", set()),
+        ("stage1.eval_every=7", {"stage1"}),
     ],
 )
 def test_a_changed_key_touches_only_the_steps_that_read_it(demo: Recipe, override: str, redone: set[str]) -> None:

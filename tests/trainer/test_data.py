@@ -157,9 +157,19 @@ def test_a_large_set_is_not_looked_through(
         ImageRows(vision, ManifestRows(path), store, QUIET)
 
 
-def test_long_texts_are_counted(vision: VisionTower, rows: list[Row]) -> None:
+@pytest.mark.parametrize("largest", [5, 65_536])
+def test_long_texts_are_counted_as_they_are_read(
+    largest: int, vision: VisionTower, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many rows there are; once in a step, and not when something is measured."""
+    monkeypatch.setattr(data_module, "AHEAD_ROWS", largest)
     long = Row(rows[0].image, "x", ("word " * 51, "short"), None, (), {})
-    assert ImageRows(vision, [*rows, long, long], FeatureStore(), QUIET).cut_texts == 2
+    images = ImageRows(vision, [*rows, long, long], FeatureStore(), QUIET)
+    first = len(rows)
+    for indices, of_step, cut in (([0, first, first + 1], draws(), 2), ([first, 0, 1], draws(), 1), ([first], None, 0)):
+        images.batch(indices, of_step)
+        images.batch(indices, of_step)
+        assert images.take().cut == cut
 
 
 def test_a_recipe_mixes_formats(vision: VisionTower, world: Path, tmp_path: Path) -> None:

@@ -89,10 +89,15 @@ def test_shared_out_halves_train_as_whole_ones(sharded: str, whole: str, folder:
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_run_of_two_processes_goes_on_with_the_same_bits(name: str, folder: Path) -> None:
+def test_a_run_of_two_processes_goes_on_with_the_same_bits(name: str, folder: Path, given: Given) -> None:
     whole, resumed = (folder / f"{name}_{how}.2" for how in ("whole", "cut"))
     assert [step["step"] for step in steps(folder, f"{name}_cut", 2)] == [3, 4]
-    assert sha256_of(resumed / "model.safetensors") == sha256_of(whole / "model.safetensors")
+    weights = ["model.safetensors", *(["vision/model.safetensors"] if TRAININGS[name][1].train_vision else [])]
+    for file in (*weights, "metrics.json"):
+        assert sha256_of(resumed / file) == sha256_of(whole / file)
+    if "vision/model.safetensors" in weights:
+        untrained = Path(given.model.vision) / "model.safetensors"
+        assert sha256_of(whole / "vision/model.safetensors") != sha256_of(untrained), "the tower was trained"
     assert steps(folder, f"{name}_cut", 2)[-1]["loss"] == steps(folder, f"{name}_whole", 2)[-1]["loss"]
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,19 @@ def test_a_torn_tail_is_discarded_and_written_over(tmp_path: Path, ending: str, 
     assert (data.stat().st_size, index.stat().st_size) == (7 * ROW_BYTES, 7 * DIGEST_BYTES), "the tail was cut off"
     reader.refresh()
     assert read(reader, range(12)) == [0, 1, 2, 3, 4, 10, 11]
+
+
+def test_rows_that_are_no_longer_wanted_leave_nothing(tmp_path: Path) -> None:
+    write(tmp_path, range(2))
+    writer = ShardWriter(tmp_path, ROW_BYTES)
+    numbers = range(2, 7)
+    given = [digest(n) for n in numbers], np.stack([row(n) for n in numbers])
+    assert writer.append(*given, lambda _: nullcontext([1, 4])) == 2
+    assert writer.append(*given, lambda _: nullcontext([])) == 0
+    assert writer.append([digest(9)], row(9)[None]) == 1
+    assert read(ShardReader(tmp_path, ROW_BYTES), range(12)) == [0, 1, 3, 6, 9]
+    (data,), (index,) = tmp_path.glob("*.rows"), tmp_path.glob("*.index")
+    assert (data.stat().st_size, index.stat().st_size) == (5 * ROW_BYTES, 5 * DIGEST_BYTES)
 
 
 def test_a_damaged_row_is_absent_and_its_successor_counts(tmp_path: Path) -> None:

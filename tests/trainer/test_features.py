@@ -268,6 +268,49 @@ def test_processes_may_open_a_new_folder_at_once(tmp_path: Path) -> None:
         assert {place: float(halves[0, 0]) for place, halves in found.items()} == {p: n * 100 + p for p in range(20)}
 
 
+def _same_at_once(folder: Path, started: "multiprocessing.synchronize.Barrier") -> None:
+    cache = FeatureCache(folder, {"tower": "t"}, PLENTY)
+    for step in range(20):
+        digests = [digest(step, place) for place in range(8)]
+        started.wait()
+        assert cache.read(digests) == {}, "another step's"
+        started.wait()
+        cache.write(digests, np.full((8, 3, 5), step, np.float16))
+        assert all((halves == step).all() for halves in cache.read(digests).values())
+    cache.close()
+
+
+def test_processes_that_meet_an_image_at_once_store_it_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    started = context.Barrier(3)
+    processes = [context.Process(target=_same_at_once, args=(tmp_path / "c", started)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    rows = [file.stat().st_size for file in (tmp_path / "c").rglob("*") if file.suffix in {".rows", ".index"}]
+    assert sum(rows) == 20 * 8 * (32 + 16 + 30)
+    assert FeatureCache(tmp_path / "c", {"tower": "t"}, PLENTY).statistics.bytes == sum(rows)
+
+
+def test_what_others_wrote_meanwhile_is_not_written_again_unless_damaged(tmp_path: Path) -> None:
+    one, other = (FeatureCache(tmp_path / "c", {}, PLENTY) for _ in range(2))
+    values = np.arange(30, dtype=np.float16).reshape(2, 3, 5)
+    assert one.read([digest(0)]) == other.read([digest(0)]) == {}
+    one.write([digest(0)], values[:1])
+    other.write([digest(0), digest(1)], values)
+    assert (one.statistics.stored, other.statistics.stored, other.statistics.misses) == (1, 1, 2)
+    (data,) = (file for file in (tmp_path / "c").glob("*/*.rows") if file.read_bytes()[:16] == digest(0))
+    content = bytearray(data.read_bytes())
+    content[-1] ^= 1
+    data.write_bytes(content)
+    assert one.read([digest(0)]) == {}
+    one.write([digest(0)], values[:1])
+    assert one.statistics.stored == 2
+    assert np.array_equal(other.read([digest(0)])[0], values[0])
+
+
 ENDLESS = """
 import sys, hashlib, itertools, numpy as np
 from pathlib import Path

@@ -11,6 +11,7 @@ from torch import nn
 from runtime.errors import CheckpointError, InputError
 from trainer import resume
 from trainer.resume import OptimiserState, Progressed, ResumePoints
+from trainer.stage_config import StageConfig, deciding
 
 SETTINGS = {"stage1": {"learning_rate": 1e-4, "shard": []}, "seed": 0}
 
@@ -101,6 +102,14 @@ def test_other_settings_are_refused_by_key(tmp_path: Path) -> None:
     ):
         points.restore()
     assert points.path.is_file()
+
+
+def test_only_measurements_and_weights_count() -> None:
+    """What is logged and saved when may change at any time; what metrics.json holds may not."""
+    section = dict.fromkeys(StageConfig.model_fields)
+    left_out = section.keys() - deciding({"stage1": section})["stage1"].keys()
+    assert left_out == {"log_every", "tensorboard", "save_every"}
+    assert deciding({"data": {"log_every": 1}}) == {"data": {"log_every": 1}}, "stages alone have such settings"
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runtime.errors import CheckpointError, DataError
+from runtime.errors import CheckpointError, DataError, InputError
 from runtime.files import sha256_of
 from runtime.progress import Progress
 from trainer import plans, train
@@ -19,6 +19,7 @@ from trainer.config import STAGES, ModelConfig, StageName
 from trainer.data import FeatureStore, ResolvedData, resolve
 from trainer.data_config import DataConfig
 from trainer.guard import TrainingFailed
+from trainer.logs.journal import read_journal
 from trainer.optimiser import learning_rate, make_optimiser
 from trainer.order import rows_at
 from trainer.ranks import Ranks
@@ -43,6 +44,7 @@ def run(
     out: Path,
     init: Path | None = None,
     watchers: Sequence[Watcher] = (),
+    progress: Progress | None = None,
     **changes,
 ) -> Path:
     config = CONFIGS[stage].model_copy(update=changes)
@@ -56,7 +58,7 @@ def run(
         out=out,
         recipe_yaml="{}\n",
         store=FeatureStore(),
-        progress=Progress(quiet=True),
+        progress=progress or Progress(quiet=True),
         ranks=Ranks(),
         watchers=watchers,
     )
@@ -86,6 +88,57 @@ def test_resumed_equals_uninterrupted(stage, changes, model_config, data, tmp_pa
     assert sha256_of(cut / "model.safetensors") == sha256_of(whole / "model.safetensors")
     assert json.loads((cut / "metrics.json").read_text()) == json.loads((whole / "metrics.json").read_text())
     assert not (tmp_path / ".cut.partial").exists()
+
+
+def test_a_run_goes_on_with_other_settings_of_the_log(model_config, data, tmp_path, monkeypatch) -> None:
+    """And to the same bits; with measurements at other steps it does not go on."""
+    whole = run("stage1", model_config, data, tmp_path / "whole")
+    step = Stepper.step
+
+    def dying(self, number, indices, draws):
+        if number == 3:
+            raise Killed
+        return step(self, number, indices, draws)
+
+    monkeypatch.setattr(Stepper, "step", dying)
+    with pytest.raises(Killed):
+        run("stage1", model_config, data, tmp_path / "cut")
+    monkeypatch.setattr(Stepper, "step", step)
+    with pytest.raises(InputError, match=r"other settings: stage1\.eval_every was 3, is now 2\. "):
+        run("stage1", model_config, data, tmp_path / "cut", eval_every=2, log_every=1)
+    cut = run("stage1", model_config, data, tmp_path / "cut", log_every=1, save_every=1, tensorboard=True)
+    assert sha256_of(cut / "model.safetensors") == sha256_of(whole / "model.safetensors")
+    assert json.loads((cut / "metrics.json").read_text()) == json.loads((whole / "metrics.json").read_text())
+    logged = [record["step"] for record in read_journal(cut / "training.jsonl") if record["kind"] == "step"]
+    assert logged == [1, 3, 4, 5, 6]
+
+
+def test_long_texts_are_counted_over_kill_and_resume(model_config, world, tmp_path, monkeypatch) -> None:
+    """48 rows in 6 steps of 8 are one epoch, so each row is read once: 10 have a caption of 51 words."""
+    copy = tmp_path / "world"
+    shutil.copytree(world, copy)
+    rows = [json.loads(line) for line in (copy / "captions_train.jsonl").read_text().splitlines()]
+    for row in rows[:10]:
+        row["captions"] = [*row["captions"], "word " * 51]
+    (copy / "captions_train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data, step = resolve(DataConfig(), copy), Stepper.step
+
+    def dying(self, number, indices, draws):
+        if number == 5:
+            raise Killed
+        return step(self, number, indices, draws)
+
+    monkeypatch.setattr(Stepper, "step", dying)
+    with pytest.raises(Killed):
+        run("stage2", model_config, data, tmp_path / "out")
+    monkeypatch.setattr(Stepper, "step", step)
+    told = Progress(quiet=True)
+    said = list[str]()
+    monkeypatch.setattr(told, "note", said.append)
+    out = run("stage2", model_config, data, tmp_path / "out", progress=told)
+    assert len(rows) == 48
+    assert json.loads((out / "metrics.json").read_text())["cut_texts"] == 10
+    assert any("10 of the 48 rows trained on" in line and "more than 50 words" in line for line in said)
 
 
 def test_stages_follow_each_other_and_keep_the_text_side(model_config, data, tmp_path) -> None:

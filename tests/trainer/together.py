@@ -19,7 +19,7 @@ from trainer.data_config import AugmentConfig, DataConfig
 from trainer.guard import TrainingFailed
 from trainer.ranks import Ranks, join
 from trainer.speaking import Stage2
-from trainer.stage_config import RetrievalConfig, Stage1Config, Stage2Config, StageConfig, VqaConfig
+from trainer.stage_config import CaptionConfig, RetrievalConfig, Stage1Config, Stage2Config, StageConfig, VqaConfig
 from trainer.stepper import Stepper
 from trainer.train import run_stage
 from trainer.watch import StepReport, Watcher
@@ -42,7 +42,9 @@ TRAININGS: dict[str, tuple[StageName, StageConfig]] = {
     "stage2_parts": ("stage2", Stage2Config(**SHORT, accumulation=2)),
     "stage2_contrast": ("stage2", Stage2Config(**SHORT, itc_weight=0.5)),
     "vqa": ("vqa", VqaConfig(**SHORT)),
+    "caption": ("caption", CaptionConfig(**SHORT)),
     "retrieval": ("retrieval", RetrievalConfig(**SHORT, candidates=10)),
+    "retrieval_tower": ("retrieval", RetrievalConfig(**SHORT, candidates=10, train_vision=True)),
     "sharded": ("stage2", Stage2Config(**SHORT, shard=("vision", "language"))),
     "sharded_tower": ("stage2", Stage2Config(**SHORT, shard=("vision",), train_vision=True)),
     "whole_tower": ("stage2", Stage2Config(**SHORT, train_vision=True)),
@@ -53,7 +55,7 @@ CHANGES = AugmentConfig(crop_scale=(0.5, 1.0), flip=True, operations=2)
 """Of the images of the training so called."""
 SAME_ON_BOTH = [name for name in TRAININGS if name not in ("sharded", "sharded_tower")]
 """Those that one process can do too."""
-RESUMED = ("stage1", "stage2", "vqa")
+RESUMED = ("stage1", "stage2", "caption", "vqa", "retrieval_tower")
 """Those that are cut short and go on, with dropout."""
 
 

@@ -6,7 +6,8 @@ trained: a frozen tower whose features are stored costs nothing, and neither doe
 gradient checkpointing computes again is counted too.
 
 Peaks are those of NVIDIA's data sheets, dense (half of the "with sparsity" figures), FP32 without TF32. A device that
-is not listed, the CPU among them, is measured: the fastest of some large matrix products.
+is not listed, the CPU among them, is measured: the fastest of some large matrix products. Others may have had the
+device just then, so a measured peak is the least that the device can do, and a share of it the most that it may be.
 """
 
 import re
@@ -63,6 +64,16 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> Peak:
     return Peak(_measured(device, dtype, torch.get_num_threads()), "measured")
 
 
+def raised(peak: Peak, seen: float, device: torch.device, dtype: torch.dtype) -> Peak:
+    """The peak of a device that did `seen` FLOP/s in a step: a measured one was too low and is measured again.
+
+    A data sheet stays what it says.
+    """
+    if peak.source == "data sheet" or seen <= peak.flops:
+        return peak
+    return Peak(max(seen, _measure(device, dtype)), "measured")
+
+
 def published(device_name: str, dtype: torch.dtype) -> float | None:
     """Peak (FLOP/s) from the data sheet; None for what is not listed, and for a slice of a device (MIG)."""
     words = set(re.split(r"[\s-]+", device_name))
@@ -76,6 +87,19 @@ def published(device_name: str, dtype: torch.dtype) -> float | None:
 
 @cache
 def _measured(device: torch.device, dtype: torch.dtype, _threads: int) -> float:
+    """`_measure`, once in a process."""
+    return _measure(device, dtype)
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> float:
+    """The fastest of square products (FLOP/s), in `dtype` and in FP32, in which autocast leaves some.
+
+    A CPU without instructions for a 16-bit type is faster in FP32.
+    """
+    return max(_fastest_product(device, kind) for kind in {dtype, torch.float32})
+
+
+def _fastest_product(device: torch.device, dtype: torch.dtype) -> float:
     """The fastest of square products timed for `MEASURED_S` (FLOP/s)."""
     side = GEMM_SIDE[device.type]
     left = torch.ones(side, side, dtype=dtype, device=device)

@@ -18,7 +18,7 @@ from runtime.progress import Progress
 from trainer.blip2 import Blip2
 from trainer.logs.alarms import Alarm, Alarms
 from trainer.logs.board import FOLDER, Board
-from trainer.logs.flops import Peak, flop_counter, peak_of
+from trainer.logs.flops import Peak, flop_counter, peak_of, raised
 from trainer.logs.journal import FILE, Journal, Record
 from trainer.logs.lines import LossLines
 from trainer.stage_config import StageConfig
@@ -92,6 +92,7 @@ class TrainingLog(Watcher):
             self._window.data_s += report.data_s
         if report.step not in (1, report.steps) and report.step % self._config.log_every:
             return
+        self._raise_peak(report.step)
         record = self._write(
             "step",
             report.step,
@@ -170,9 +171,20 @@ class TrainingLog(Watcher):
         assert self._counter is not None
         self._counter.__exit__(None, None, None)
         self._flops, self._counter = self._counter.get_total_flops(), None
-        self._peak = peak_of(self._device, DTYPES[self._config.precision])
-        facts = {"per_step_and_process": self._flops, "peak_per_second": self._peak.flops, "peak": self._peak.source}
+        self._set_peak(peak_of(self._device, DTYPES[self._config.precision]), step)
+
+    def _set_peak(self, peak: Peak, step: int) -> None:
+        self._peak = peak
+        facts = {"per_step_and_process": self._flops, "peak_per_second": peak.flops, "peak": peak.source}
         self._write("event", step, {"event": "flops", **facts})
+
+    def _raise_peak(self, step: int) -> None:
+        """Steps that were faster than the measured peak show that it was measured too low."""
+        if self._peak is not None and self._window.steps:
+            seen = self._flops * self._window.steps / self._window.seconds
+            peak = raised(self._peak, seen, self._device, DTYPES[self._config.precision])
+            if peak != self._peak:
+                self._set_peak(peak, step)
 
     def _speed(self, rows: int) -> dict[str, float | None]:
         """Averages over the steps timed since the last record; None where there was none."""
@@ -186,7 +198,7 @@ class TrainingLog(Watcher):
             "step_ms": step_s * 1e3,
             "data_wait_ms": window.data_s / window.steps * 1e3,
             "data_wait_share": window.data_s / window.seconds,
-            "model_flop_utilisation": self._flops / step_s / self._peak.flops,
+            "model_flop_utilisation": self._flops * window.steps / window.seconds / self._peak.flops,
         }
 
 

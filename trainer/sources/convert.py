@@ -19,6 +19,7 @@ from trainer.sources.detect import format_of
 from trainer.sources.flickr30k import flickr30k_entries
 from trainer.sources.json_files import coco_entries, karpathy_entries, record_entries, vqav2_entries
 from trainer.sources.record import Entry, as_manifest_record
+from trainer.sources.rows import ManifestRows
 from trainer.sources.source import ALL, Source
 from trainer.sources.tars import shards_of, webdataset_entries
 
@@ -105,6 +106,11 @@ def read_rows(path: Path) -> list[Row]:
         MissingFile, DataError: see `entries_of`.
     """
     return read_manifest(as_manifest([Source(path)]))
+
+
+def rows_of(path: Path) -> ManifestRows:
+    """As `read_rows`, for what looks at one row after the other: each is parsed when it is asked for."""
+    return ManifestRows(as_manifest([Source(path)]))
 
 
 def left_out(manifest: Path) -> tuple[int, list[str]]:

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from trainer.config import QFormerConfig
-from trainer.logs.flops import flop_counter, peak_of, published
+from trainer.logs import flops
+from trainer.logs.flops import Peak, flop_counter, peak_of, published, raised
 from trainer.qformer import QFormer
 
 
@@ -116,3 +117,17 @@ def test_a_cpus_peak_is_measured_and_no_product_beats_it_by_far() -> None:
     # neighbours may have had the cores while the peak was measured
     assert 5 * 2 * 512**3 / (time.perf_counter() - start) < 5 * peak.flops
     assert peak_of(torch.device("cpu"), torch.float32) is peak or peak_of(torch.device("cpu"), torch.float32) == peak
+
+
+def test_a_measured_peak_is_no_lower_than_that_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast leaves products in fp32; a CPU without instructions for fp16 does them a hundred times as fast."""
+    speeds = {torch.float16: 0.7e9, torch.float32: 60e9}
+    monkeypatch.setattr(flops, "_fastest_product", lambda _, dtype: speeds[dtype])
+    assert flops._measure(torch.device("cpu"), torch.float16) == 60e9
+
+
+@pytest.mark.parametrize(("source", "expected"), [("measured", 1e18), ("data sheet", 1e6)])
+def test_only_a_measured_peak_is_raised_to_what_was_seen(source: str, expected: float) -> None:
+    peak = Peak(1e6, source)
+    assert raised(peak, 1e18, torch.device("cpu"), torch.float32) == Peak(expected, source)
+    assert raised(peak, 5e5, torch.device("cpu"), torch.float32) is peak

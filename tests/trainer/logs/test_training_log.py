@@ -16,6 +16,7 @@ from trainer import train
 from trainer.config import STAGES, ModelConfig, StageName
 from trainer.data import FeatureStore, ResolvedData, resolve
 from trainer.data_config import DataConfig
+from trainer.logs.flops import Peak
 from trainer.logs.journal import read_journal
 from trainer.ranks import Ranks
 from trainer.stage_config import Stage1Config, Stage2Config, StageConfig
@@ -118,6 +119,28 @@ def test_a_step_says_how_fast_it_was(model_config, data, tmp_path) -> None:
     assert len(last["learning_rates"]) >= 1
     assert last["gradient_norm"] > 0
     assert last["memory"]["resident_mib"] > 50
+
+
+def test_steps_faster_than_the_measured_peak_raise_it(model_config, data, tmp_path, monkeypatch) -> None:
+    """The machine was busy when the peak was measured: no step reads above 100 %, and the log says what was raised."""
+    monkeypatch.setattr("trainer.logs.training_log.peak_of", lambda *_: Peak(1e6, "measured"))
+    out = train_one("stage2", Stage2Config(**SHORT, precision="fp32"), model_config, data, tmp_path / "out")
+    records = read_journal(out / "training.jsonl")
+    peaks = [r["peak_per_second"] for r in records if r.get("event") == "flops"]
+    assert peaks[0] == 1e6
+    assert len(peaks) > 1
+    assert peaks == sorted(peaks)
+    shares = [r["speed"]["model_flop_utilisation"] for r in records if r["kind"] == "step"]
+    assert shares[0] is None
+    assert all(0 < share <= 1 for share in shares[1:])
+
+
+def test_a_data_sheets_peak_is_not_raised(model_config, data, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("trainer.logs.training_log.peak_of", lambda *_: Peak(1e6, "data sheet"))
+    out = train_one("stage2", Stage2Config(**SHORT, precision="fp32"), model_config, data, tmp_path / "out")
+    records = read_journal(out / "training.jsonl")
+    assert [r["peak_per_second"] for r in records if r.get("event") == "flops"] == [1e6]
+    assert [r for r in records if r["kind"] == "step"][-1]["speed"]["model_flop_utilisation"] > 1
 
 
 @pytest.mark.parametrize("stage", STAGES)
