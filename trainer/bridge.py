@@ -165,7 +165,9 @@ class Bridge(nn.Module):
         return self.qformer.image_keys(image_embeds_BNE)
 
     def _queries(self, rows: int) -> Tensor:
-        return self.query_tokens.expand(rows, -1, -1)
+        queries = self.query_tokens.expand(rows, -1, -1)
+        # A view of a parameter asks for gradients without grad mode too, and has no function for PyTorch's counters.
+        return queries if torch.is_grad_enabled() else queries.detach()
 
     def _embedded(self, ids_BT: Tensor) -> Tensor:
         embedded: Tensor = self._have("text", self.embeddings)(ids_BT)

@@ -19,7 +19,7 @@ from trainer.config import STAGES, ModelConfig, StageName
 from trainer.data import FeatureStore, ResolvedData, resolve
 from trainer.data_config import DataConfig
 from trainer.guard import TrainingFailed
-from trainer.logs.journal import read_journal
+from trainer.logs.journal import FILE, read_journal
 from trainer.optimiser import learning_rate, make_optimiser
 from trainer.order import rows_at
 from trainer.ranks import Ranks
@@ -183,6 +183,15 @@ def test_loss_falls(stage, model_config, data, tmp_path) -> None:
     out = run(stage, model_config, data, tmp_path / stage, steps=60, eval_every=30, save_every=100)
     history = json.loads((out / "metrics.json").read_text())["held_out"]
     assert history[-1]["train_loss"] < 0.9 * train_loss_at_start(stage, model_config, data, tmp_path)
+
+
+@pytest.mark.parametrize("loss", ["itc", "itm", "itg"])
+def test_each_loss_of_stage_1_trains_alone(loss, model_config, data, tmp_path) -> None:
+    off = {f"{other}_weight": 0.0 for other in ("itc", "itm", "itg") if other != loss}
+    out = run("stage1", model_config, data, tmp_path / "out", steps=2, warmup_steps=1, **off)
+    steps = [record for record in read_journal(out / FILE) if record["kind"] == "step"]
+    assert steps
+    assert {name for step in steps for name in step["losses"]} == {"loss", loss}
 
 
 def train_loss_at_start(stage, model_config, data, tmp_path) -> float:
