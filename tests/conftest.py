@@ -1,5 +1,6 @@
 """What every test gets: no network, versions at the head of the run, and a place in the order of several workers."""
 
+import gc
 import importlib.metadata
 import os
 import platform
@@ -52,6 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Workers are handed what comes first, first."""
     if WORKER:
         items.sort(key=lambda item: (*TOGETHER, group(item.nodeid)).index(group(item.nodeid)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector of cycles need not look through it again, at every trace anew."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
