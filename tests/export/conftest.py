@@ -16,6 +16,7 @@ from runtime.bundle import Bundle, read_bundle
 from runtime.progress import Progress
 from tests.export.family_exports import Family, family_exporter
 from tests.tiny import write_tiny_halves
+from tests.traces import shared_operators as shared_operators
 from trainer.blip2 import Blip2, new_blip2
 from trainer.checkpoint import load_checkpoint, write_checkpoint
 from trainer.data_config import DemoWorldConfig
