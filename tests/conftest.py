@@ -22,7 +22,15 @@ LIBRARIES = (
     "typer",
 )
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
-TOGETHER = ("export", "trainer/convert", "test_readme.py", "benchmarks", "qforge/test_interrupted_run.py")
+TOGETHER = (
+    "export",
+    "benchmarks",
+    "test_readme.py",
+    "trainer/convert",
+    "qforge/test_processes.py",
+    "qforge/test_interrupted_run.py",
+    "trainer/test_distributed.py",
+)
 """Handed to one worker whole (`make test` has two), the longest first: a folder's tests share what is slow to make."""
 LOOPBACK = {"127.0.0.1", "::1", "localhost", "", None}
 

@@ -127,7 +127,10 @@ FAMILIES = {
         **MIDDLE,
     ),
     "instruct-t5-middle": Family(
-        "instruct", T5 | {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 3, "num_decoder_layers": 2}, "$A </s>", **MIDDLE
+        "instruct",
+        T5 | {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 3, "num_decoder_layers": 2},
+        "$A </s>",
+        **MIDDLE,
     ),
 }
 WITH_LANGUAGE = [name for name, family in FAMILIES.items() if family.kind != "retrieval"]
