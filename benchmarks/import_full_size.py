@@ -39,6 +39,8 @@ OFFSET_BYTES = 22_222
 """From where one tensor begins in the pool to where the next does: an engine builder keeps equal tensors once."""
 SAMPLE_S = 0.002
 """Pause between two looks at a process's memory."""
+FFN_RATIO, VISION_HEAD = 6144 / 1408, 88
+"""ViT-g's feed-forward width over its own, and the width of a head."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Shape:
     part_bytes: int
     width: int = 2560
     vocabulary: int = 50_304
+    vision_width: int = 1408
+    qformer_layers: int = 12
 
 
 SHAPES = {
@@ -57,8 +61,10 @@ SHAPES = {
     "vit-g": Shape(vision_layers=39, language_layers=2, part_bytes=GB, width=512, vocabulary=8_000),
     "2gb": Shape(vision_layers=6, language_layers=8, part_bytes=GB // 2),
     "tiny": Shape(vision_layers=1, language_layers=4, part_bytes=48 << 20, width=512, vocabulary=8_000),
+    "tinier": Shape(1, 1, part_bytes=GB, width=320, vocabulary=2_000, vision_width=352, qformer_layers=2),
 }
-"""Published size; its image side with a small language model; a quarter of it in small parts; one for tests."""
+"""Published size; its image side with a small language model; a quarter of it in small parts; one for tests of imports,
+one for tests of exports."""
 
 IMPORT = """
 import json, sys, threading, time
@@ -102,7 +108,13 @@ def write_folder(folder: Path, shape: Shape) -> int:
         "eos_token_id": 2,
     }
     config = Blip2Config(
-        vision_config={"num_hidden_layers": shape.vision_layers},
+        vision_config={
+            "num_hidden_layers": shape.vision_layers,
+            "hidden_size": shape.vision_width,
+            "intermediate_size": round(FFN_RATIO * shape.vision_width),
+            "num_attention_heads": shape.vision_width // VISION_HEAD,
+        },
+        qformer_config={"num_hidden_layers": shape.qformer_layers, "encoder_hidden_size": shape.vision_width},
         text_config=text_config,
         num_query_tokens=32,
         image_token_index=shape.vocabulary - 1,

@@ -38,11 +38,11 @@ SIZES = {
         | {"num_attention_heads": 12, "vocab_size": 50_272},
     ),
     "tiny": Size(
-        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
         | {"patch_size": 16, "image_size": 32, "initializer_range": 0.1},
-        {"encoder_hidden_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        {"encoder_hidden_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
         | {"num_attention_heads": 2, "cross_attention_frequency": 1},
-        {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 2}
+        {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 1}
         | {"num_attention_heads": 2, "vocab_size": 1024},
     ),
 }

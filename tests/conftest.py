@@ -1,5 +1,6 @@
 """What every test gets: no network, versions at the head of the run, and a place in the order of several workers."""
 
+import gc
 import importlib.metadata
 import os
 import platform
@@ -21,7 +22,15 @@ LIBRARIES = (
     "typer",
 )
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
-TOGETHER = ("export", "trainer/convert", "test_readme.py", "benchmarks", "qforge/test_interrupted_run.py")
+TOGETHER = (
+    "export",
+    "benchmarks",
+    "test_readme.py",
+    "trainer/convert",
+    "qforge/test_processes.py",
+    "qforge/test_interrupted_run.py",
+    "trainer/test_distributed.py",
+)
 """Handed to one worker whole (`make test` has two), the longest first: a folder's tests share what is slow to make."""
 LOOPBACK = {"127.0.0.1", "::1", "localhost", "", None}
 
@@ -52,6 +61,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Workers are handed what comes first, first."""
     if WORKER:
         items.sort(key=lambda item: (*TOGETHER, group(item.nodeid)).index(group(item.nodeid)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector of cycles need not look through it again, at every trace anew."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

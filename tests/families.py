@@ -20,6 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from tests.tiny import widen
 from trainer.config import ModelConfig
 from trainer.demo_world.language import QuestionWriter, caption
 from trainer.demo_world.scene import WIDE, random_scenes
@@ -61,9 +62,7 @@ def write_family(name: str, halves: ModelConfig, folder: Path, *, std: float = 0
     tokenizer = new_tokenizer(HABITS[name])
     torch.manual_seed(seed)
     model = new_model(name, len(tokenizer) + SPARE_ROWS)
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=std)
+    widen(model, std, matrices_only=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return halves.model_copy(update={"language": str(folder)})

@@ -105,11 +105,11 @@ class Family:
 
 
 MIDDLE: dict[str, Any] = {
-    "vision": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "image_size": 64, "patch_size": 8},
-    "qformer": {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 5},
+    "vision": {"hidden_size": 128, "intermediate_size": 256, "image_size": 64, "patch_size": 8},
+    "qformer": {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4},
     "spread": 0.08,
 }
-"""Of middle size: 65 image tokens, cross-attention in three of five layers."""
+"""Of middle size: 65 image tokens, cross-attention in two of four layers."""
 FAMILIES = {
     "opt": Family("caption", OPT | {"ends_with_newline": True}),
     "opt-untied-sharded": Family("caption", OPT | {"tie_word_embeddings": False}, save={"max_shard_size": "40KB"}),
@@ -122,12 +122,15 @@ FAMILIES = {
     "instruct-t5": Family("instruct", T5, "$A </s>"),
     "opt-middle": Family(
         "caption",
-        OPT | {"hidden_size": 192, "word_embed_proj_dim": 192, "ffn_dim": 384, "num_hidden_layers": 4},
+        OPT | {"hidden_size": 192, "word_embed_proj_dim": 192, "ffn_dim": 384},
         save={"max_shard_size": "1MB"},
         **MIDDLE,
     ),
     "instruct-t5-middle": Family(
-        "instruct", T5 | {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 3}, "$A </s>", **MIDDLE
+        "instruct",
+        T5 | {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 3, "num_decoder_layers": 2},
+        "$A </s>",
+        **MIDDLE,
     ),
 }
 WITH_LANGUAGE = [name for name, family in FAMILIES.items() if family.kind != "retrieval"]

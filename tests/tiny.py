@@ -14,6 +14,13 @@ from trainer.new_halves import new_language_model, new_vision_tower
 SIDE = 16
 
 
+def widen(model: torch.nn.Module, std: float = 0.2, *, matrices_only: bool = False) -> None:
+    """Draw weights anew, large enough to be heard: fresh ones are so small that every output is nearly the same."""
+    for parameter in model.parameters():
+        if parameter.ndim == 2 or not matrices_only:
+            torch.nn.init.normal_(parameter, std=std)
+
+
 def write_tiny_halves(folder: Path, *, seed: int = 0) -> ModelConfig:
     """Save a 16-pixel vision tower, a two-layer language model and both tokenizers; returns their model section."""
     torch.manual_seed(seed)
@@ -36,9 +43,7 @@ def write_tiny_halves(folder: Path, *, seed: int = 0) -> ModelConfig:
         end=language.eos_token_id,
         pad=language.pad_token_id,
     )
-    for parameter in model.parameters():  # fresh OPT weights are so small that every answer is the same token
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.2)
+    widen(model, matrices_only=True)  # or every answer is one token repeated
     model.save_pretrained(folder / "language")
     language.save_pretrained(folder / "language")
     text.save_pretrained(folder / "text")

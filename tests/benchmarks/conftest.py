@@ -10,6 +10,7 @@ from export.config import ExportConfig
 from export.pipeline import export_bundle
 from runtime.progress import Progress
 from tests.tiny import write_tiny_halves
+from tests.traces import shared_operators as shared_operators
 from trainer.blip2 import new_blip2
 from trainer.checkpoint import write_checkpoint
 from trainer.data_config import DemoWorldConfig

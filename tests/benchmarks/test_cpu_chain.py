@@ -10,6 +10,7 @@ from benchmarks import cpu_chain
 from benchmarks.bandwidth import reading_ms
 from benchmarks.cpu_chain import BACKENDS, BATCH, CASES, FORMS, PEERS, TOKENS, run
 from runtime.progress import Progress
+from tests.in_process import qforge_in_process
 from trainer.data_config import DemoWorldConfig
 from trainer.demo_world import write_demo_world
 
@@ -26,6 +27,8 @@ SETTINGS = (
 
 def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cpu_chain, "_qforge", qforge_in_process)  # what is measured begins after these commands
+    monkeypatch.setattr(cpu_chain, "THREADS", 1)  # another worker has the other core
     monkeypatch.setattr(cpu_chain, "PEERS", {name: PEERS[name] for name in ("eager-fp32", "eager-bf16")})
     world = DemoWorldConfig(train_scenes=12, val_scenes=1, test_scenes=1, image_size=32)
     data = write_demo_world(world, tmp_path / "data", Progress(quiet=True)) / "captions_train.jsonl"

@@ -1,4 +1,4 @@
-"""The full-size export at a thirtieth of the size, and what the committed measurement promises."""
+"""The full-size export at a three-hundredth of the size, and what the committed measurement promises."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ GB = 10**9
 
 def test_every_command_is_measured_and_nothing_stays(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs qforge[tensorrt-rtx]")
-    result = run("tiny", tmp_path)
+    result = run("tinier", tmp_path)
     assert result["commands"].keys() == {"import", "export", "build vision"}
     for measured in result["commands"].values():
         assert measured["seconds"] > 0
@@ -27,7 +27,7 @@ def test_every_command_is_measured_and_nothing_stays(tmp_path: Path) -> None:
 def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(InputError, match="expected an empty folder"):
-        run("tiny", tmp_path)
+        run("tinier", tmp_path)
 
 
 def test_the_committed_result_holds_the_promise() -> None:

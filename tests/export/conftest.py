@@ -15,7 +15,8 @@ from runtime.answers import Request
 from runtime.bundle import Bundle, read_bundle
 from runtime.progress import Progress
 from tests.export.family_exports import Family, family_exporter
-from tests.tiny import write_tiny_halves
+from tests.tiny import widen, write_tiny_halves
+from tests.traces import shared_operators as shared_operators
 from trainer.blip2 import Blip2, new_blip2
 from trainer.checkpoint import load_checkpoint, write_checkpoint
 from trainer.data_config import DemoWorldConfig
@@ -47,9 +48,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = write_tiny_halves(tmp_path_factory.mktemp("halves")).model_copy(update={"max_new_tokens": 8})
     torch.manual_seed(1)
     model = new_blip2(config, question_conditioned=True)
-    for parameter in model.bridge.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.15)
+    widen(model.bridge, 0.15, matrices_only=True)
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     folder.mkdir()
     write_checkpoint(model, folder, stage="vqa", metrics={}, recipe_yaml="seed: 1\n")

@@ -45,43 +45,49 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_tiny_bundle(final: Path, *, question_conditioned: bool = True, **limits: int) -> Path:
     with atomic_folder(final) as folder:
-        (folder / "onnx").mkdir()
-        graphs = {
-            "vision": _vision(),
-            "qformer": _qformer(question_conditioned),
-            "embed": _embed(),
-            "language": _language(),
-        }
-        for name, model in graphs.items():
-            onnx.save(model, folder / "onnx" / f"{name}.onnx")
-        _tokenizer().save(str(folder / "tokenizer.json"))
-        if question_conditioned:
-            _tokenizer().save(str(folder / "qformer_tokenizer.json"))
         _write_reference(folder / REFERENCE)
-        write_manifest(
-            folder,
-            model=ModelFacts(
-                style="decoder-only",
-                queries=2,
-                qformer_width=3,
-                language_width=D,
-                question_conditioned=question_conditioned,
-            ),
-            precision="fp32",
-            language_precision="fp32",
-            target="onnxruntime",
-            limits=Limits(
-                **{"max_batch": 3, "max_positions": 20, "max_question_tokens": 4, "max_new_tokens": 8} | limits
-            ),
-            preprocess=PreprocessSettings(
-                height=SIZE, width=SIZE, resample="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
-            ),
-            prompts=Prompts(caption="photo of", vqa="question {} answer"),
-            generation=Generation(eos_token_ids=(ID["</s>"],), pad_token_id=ID["<pad>"], max_new_tokens=5),
-            graphs={name: _graph_files(name, model) for name, model in graphs.items()},
-            made_by={"tests": "1"},
-        )
+        write_answering(folder, {}, question_conditioned=question_conditioned, **limits)
     return final
+
+
+def write_answering(
+    folder: Path, more: dict[str, onnx.ModelProto], *, question_conditioned: bool = True, **limits: int
+) -> None:
+    """The four graphs and `more`, both tokenizers, and a manifest of all that is in the folder."""
+    graphs = {
+        "vision": _vision(),
+        "qformer": _qformer(question_conditioned),
+        "embed": _embed(),
+        "language": _language(),
+        **more,
+    }
+    (folder / "onnx").mkdir()
+    for name, model in graphs.items():
+        onnx.save(model, folder / "onnx" / f"{name}.onnx")
+    _tokenizer().save(str(folder / "tokenizer.json"))
+    if question_conditioned:
+        _tokenizer().save(str(folder / "qformer_tokenizer.json"))
+    write_manifest(
+        folder,
+        model=ModelFacts(
+            style="decoder-only",
+            queries=2,
+            qformer_width=3,
+            language_width=D,
+            question_conditioned=question_conditioned,
+        ),
+        precision="fp32",
+        language_precision="fp32",
+        target="onnxruntime",
+        limits=Limits(**{"max_batch": 3, "max_positions": 20, "max_question_tokens": 4, "max_new_tokens": 8} | limits),
+        preprocess=PreprocessSettings(
+            height=SIZE, width=SIZE, resample="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
+        ),
+        prompts=Prompts(caption="photo of", vqa="question {} answer"),
+        generation=Generation(eos_token_ids=(ID["</s>"],), pad_token_id=ID["<pad>"], max_new_tokens=5),
+        graphs={name: _graph_files(name, model) for name, model in graphs.items()},
+        made_by={"tests": "1"},
+    )
 
 
 def _write_reference(path: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import (
 
 from runtime.errors import InputError
 from runtime.preprocess import PreprocessSettings
+from tests.tiny import widen
 from trainer.any_size import read_any_size
 from trainer.new_halves import new_vision_tower
 from trainer.towers import VisionTower
@@ -41,8 +42,7 @@ def tower_of(kind: str) -> VisionTower:
     torch.manual_seed(0)
     settings = PreprocessSettings(height=16, width=16, resample="bicubic", mean=(0, 0, 0), std=(1, 1, 1))
     model = TOWERS[kind]()
-    for parameter in model.parameters():  # some begin with positions of zero, which any rule interpolates
-        torch.nn.init.normal_(parameter, std=0.2)
+    widen(model)  # some begin with positions of zero, which any rule interpolates
     return VisionTower(model, -1, settings)
 
 

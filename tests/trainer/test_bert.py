@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast, PreTrainedTokenizerFast
 
 from runtime.errors import CheckpointError, InputError
+from tests.tiny import widen
 from tests.trainer.test_train import run
 from trainer.bert import start_from_bert
 from trainer.blip2 import Blip2, new_blip2
@@ -36,8 +37,7 @@ def bert_folder(model_config: ModelConfig, tmp_path_factory: pytest.TempPathFact
         intermediate_size=64,
     )
     model = BertForMaskedLM(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    widen(model)
     model.save_pretrained(folder)
     return folder
 

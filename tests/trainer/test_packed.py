@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tiny import widen
 from trainer.bridge import Bridge, FirstPass
 from trainer.config import QFormerConfig
 from trainer.packed import Lookers
@@ -19,8 +20,7 @@ MASK = (IDS > 0).long()
 def bridge() -> Bridge:
     torch.manual_seed(1)
     made = Bridge(SIZES, image_width=IMAGE_WIDTH, language_width=None, vocabulary=VOCABULARY).eval()
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    widen(made)
     return made
 
 

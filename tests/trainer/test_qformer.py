@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
+from tests.tiny import widen
 from trainer.bridge import Bridge
 from trainer.config import QFormerConfig
 from trainer.qformer import QFormer, padding_mask
@@ -26,8 +27,7 @@ def twins(frequency: int) -> tuple[QFormer, Blip2QFormerModel]:
             use_qformer_text_input=True,
         )
     ).eval()
-    for parameter in theirs.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    widen(theirs, 0.3)
     report = ours.load_state_dict(theirs.state_dict(), strict=True)
     assert not report.missing_keys
     return ours, theirs

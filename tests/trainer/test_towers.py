@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from runtime.errors import CheckpointError, InputError
+from tests.tiny import widen
 from trainer.towers import load_vision
 
 SIZES = dict(
@@ -39,8 +40,7 @@ def saved(name: str, folder: Path) -> Any:
     torch.manual_seed(0)
     kind, config = TOWERS[name]
     model = kind(config(**SIZES)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    widen(model)
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(IMAGES))
     return model

@@ -21,6 +21,7 @@ from runtime.first_use import Place
 from runtime.pipeline import Pipeline
 from tests.families import write_family
 from tests.runtime.trt.fakes import FakeCuda, plan_of
+from tests.tiny import widen
 from trainer.blip2 import Blip2, new_blip2
 from trainer.checkpoint import write_checkpoint
 
@@ -47,9 +48,7 @@ def speaker(model: Blip2, tmp_path_factory: pytest.TempPathFactory) -> Path:
     wide.hidden_size = HEADS * HEAD_WIDTH
     torch.manual_seed(0)
     language = OPTForCausalLM(wide)
-    for parameter in language.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.15)
+    widen(language, 0.15, matrices_only=True)
     language.save_pretrained(folder / "language")
     blip2 = new_blip2(config, question_conditioned=True).eval()
     blip2.bridge.load_state_dict(model.bridge.state_dict())

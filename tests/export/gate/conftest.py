@@ -18,6 +18,7 @@ from export import facts
 from export.trace import describe
 from runtime.bundle import Bundle, write_manifest
 from tests.export.conftest import QUIET, Export
+from tests.tiny import widen
 from trainer.blip2 import Blip2, new_blip2
 from trainer.checkpoint import write_checkpoint
 from trainer.data_config import DemoWorldConfig
@@ -72,9 +73,7 @@ def planted(
     home = tmp_path_factory.mktemp("planted")
     torch.manual_seed(0)
     tower = new_vision_tower(image_size=SIDE, patch=4, width=WIDTH, layers=LAYERS, heads=4)
-    for parameter in tower.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.15)
+    widen(tower, 0.15, matrices_only=True)
     norm = torch.nn.LayerNorm(WIDTH)
     plant(tower, norm)
     tower.save_pretrained(home / "vision")

@@ -14,6 +14,7 @@ from PIL import Image
 from qforge.cli import app
 from runtime.preprocess import preprocess_batch
 from tests.published import FAMILIES, Family, write_published
+from tests.traces import shared_operators as shared_operators
 from trainer.blip2 import Blip2
 from trainer.checkpoint import load_checkpoint
 

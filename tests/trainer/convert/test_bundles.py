@@ -19,7 +19,7 @@ from runtime.answers import Request
 from tests.published import RETRIEVAL
 from tests.trainer.convert.conftest import Case, qforge
 
-SPEAKING = ("opt-middle", "llama", "t5", "instruct-llama", "instruct-t5-middle")
+SPEAKING = ("opt-middle", "llama", "t5", "instruct-llama", "instruct-t5")
 """Tied and untied heads, one file and several, tiny and middle size."""
 NEW_TOKENS = 10
 SCORE_TOLERANCE = 1e-5
