@@ -25,5 +25,4 @@ def test_the_committed_result_holds_the_promise() -> None:
     assert result["rows"] == 5_000_000
     for run in ("index_built", "index_there"):
         assert result[run]["resident_bytes_growth"] < 200e6 and result[run]["peak_bytes_growth"] < 200e6
-        assert result[run]["first_batch_cpu_s"] < 10, "imports and all; what others on the machine took is not ours"
-        assert result[run]["first_batch_s"] - result[run]["imported_s"] < 10
+        assert result[run]["first_batch_s"] < 10, "from the start of the process, imports and all"

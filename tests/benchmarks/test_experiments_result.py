@@ -45,14 +45,15 @@ def test_generation_helps_retrieval_or_does_no_harm(ablations: dict[str, Any]) -
     assert r1("itc+itm+itg") >= r1("itc+itm") - 0.01
 
 
-def test_stage_2_needs_a_stage_1_that_has_learned_its_tasks(ablations: dict[str, Any]) -> None:
-    answered = ablations["stage1-first"]
-    with_, without = (answered["means"][arm]["attributes_right"] for arm in ("with stage 1", "without stage 1"))
-    assert with_ >= without + 0.1
-    for one, other in zip(*answered["runs"].values(), strict=True):
-        assert [point["step"] for point in one["held_out"]["stage2"]] == [
-            point["step"] for point in other["held_out"]["stage2"]
-        ]
+@pytest.mark.parametrize("question", ["stage1", "stage1-t5", "stage1-first"])
+def test_stage_2_is_compared_at_equal_steps(ablations: dict[str, Any], question: str) -> None:
+    """Stage 1 does not help stage 2 on the demo world (LOG.md): what the file says of it is a whole comparison."""
+    for one, other in zip(*ablations[question]["runs"].values(), strict=True):
+        assert (one["skips_stage1"], other["skips_stage1"]) == (False, True)
+        assert "stage1" in one["held_out"]
+        assert "stage1" not in other["held_out"]
+        steps = [[point["step"] for point in run["held_out"]["stage2"]] for run in (one, other)]
+        assert steps[0] == steps[1]
 
 
 def test_both_kinds_of_language_model_answer(ablations: dict[str, Any]) -> None:
