@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.figure import FAINT, INK, new_figure, save
 from trainer.logs.journal import FILE, Record, read_journal
 
-COLUMN_IN, TITLE_IN, LEGEND_IN = 5.6, 0.62, 0.3
+COLUMN_IN, TITLE_IN, LEGEND_IN = 5.6, 0.8, 0.3
 LOSS_IN, HELD_OUT_IN, RATE_IN = 1.75, 1.75, 1.15
 """Heights of the panels (inches)."""
 BLUE, ORANGE, GREEN, SKY, YELLOW, PINK = "#0072b2", "#d55e00", "#009e73", "#56b4e9", "#e69f00", "#cc79a7"
@@ -74,8 +74,8 @@ def _draw_stage(figure: Any, grid: Any, column: int, log: list[Record]) -> None:
     first = axes[names[0]]
     title, details = _title(log)
     above = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
-    first.annotate(title, (0, 1), (0, 21), fontsize=13, weight="bold", color=INK, **above)
-    first.annotate(details, (1, 1), (0, 21), fontsize=8, color=FAINT, ha="right", **above)
+    first.annotate(title, (0, 1), (0, 33), fontsize=13, weight="bold", color=INK, **above)
+    first.annotate(details, (0, 1), (0, 21), fontsize=7, color=FAINT, **above)
 
 
 def _draw_loss(axis: Any, log: list[Record], name: str) -> None:
