@@ -68,6 +68,12 @@ class Question:
         return {name: replace(arm, overrides=(*self.common, *arm.overrides)) for name, arm in own.items()}
 
 
+def _without_stage1(asks: str, *common: str) -> Question:
+    """Stage 2 with the stage before it, and without."""
+    others = {"without stage 1": Arm(skips_stage1=True)}
+    return Question(asks, "stage2", "caption", others, demo="with stage 1", common=common)
+
+
 LONG_STAGE_1 = ("stage1.steps=1050",)
 """Three steps to one of the demo's stage 2, the paper's proportion (250,000 to 80,000). Matching, which ranks what R@1
 is taken of, leaves its prior at about step 300, and the demo's own stage 1 ends at 100."""
@@ -81,28 +87,12 @@ QUESTIONS: dict[str, Question] = {
         common=LONG_STAGE_1,
         others={"itc+itm": Arm(("stage1.itg_weight=0",))},
     ),
-    "stage1": Question(
-        asks="Does stage 2 need stage 1 (paper, figure 5)? Captions after equal steps of stage 2",
-        stage="stage2",
-        task="caption",
-        demo="with stage 1",
-        others={"without stage 1": Arm(skips_stage1=True)},
-    ),
-    "stage1-t5": Question(
-        asks="The same with the T5-like language model",
-        stage="stage2",
-        task="caption",
-        demo="with stage 1",
-        others={"without stage 1": Arm(skips_stage1=True)},
-        common=(f"model.language={DEMO_T5}",),
-    ),
-    "stage1-first": Question(
-        asks="The same early in stage 2, where stage 1 was the longer and learned all three of its tasks",
-        stage="stage2",
-        task="caption",
-        demo="with stage 1",
-        others={"without stage 1": Arm(skips_stage1=True)},
-        common=(*LONG_STAGE_1, "stage2.steps=100"),
+    "stage1": _without_stage1("Does stage 2 need stage 1 (paper, figure 5)? Captions after equal steps of stage 2"),
+    "stage1-t5": _without_stage1("The same with the T5-like language model", f"model.language={DEMO_T5}"),
+    "stage1-first": _without_stage1(
+        "The same early in stage 2, where stage 1 was the longer and learned all three of its tasks",
+        *LONG_STAGE_1,
+        "stage2.steps=100",
     ),
     "queries": Question(
         asks="What do 16 queries cost against the published 32? Answers of the whole demo",
