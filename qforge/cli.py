@@ -338,7 +338,9 @@ def main() -> None:
         message = error.format_message()
         path = getattr(getattr(error, "ctx", None), "command_path", "qforge")
         message = explained(message, path)
-        print(message if message.startswith("Usage") else f"{message} See: {path} --help", file=sys.stderr)
+        if not message.startswith("Usage"):
+            message = f"{' '.join(message.split())} See: {path} --help"  # choices stand on lines of their own
+        print(message, file=sys.stderr)
         code = 2
     except KeyboardInterrupt:  # before or after a verb; within one, the verb says so itself
         print(INTERRUPTED, file=sys.stderr)

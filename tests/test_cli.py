@@ -71,6 +71,10 @@ def test_every_verb_explains_itself_with_an_example(verb: list[str], capsys: pyt
         (["rnu"], "No such command 'rnu'. Did you mean 'run'? See: qforge --help"),
         (["run"], "Missing argument 'RECIPE'. See: qforge run --help"),
         (["run", "recipes/demo.yaml"], "Missing option '--out'. See: qforge run --help"),
+        (
+            ["export", "ckpt", "--out", "z"],
+            "Missing option '--precision'. Choose from: fp32, fp16, bf16, int8, fp8 See: ",
+        ),
         (["doctor", "--jsn"], "No such option: --jsn"),
         (["evaluate", "x", "--data", "y", "--task", "guess"], "Invalid value for '--task'"),
     ],
